@@ -1,0 +1,119 @@
+/* dispatch.c - one table of kernels, filled upward from scalar to the level in use. */
+#include "kernels.h"
+
+
+/* The scalar parts, each in the file of its operation. */
+void pe_fill_scalar_matmul(pe_kernels *k);
+void pe_fill_scalar_quantize(pe_kernels *k);
+void pe_fill_scalar_activations(pe_kernels *k);
+void pe_fill_scalar_norm(pe_kernels *k);
+void pe_fill_scalar_causal_conv1d(pe_kernels *k);
+void pe_fill_scalar_delta_rule(pe_kernels *k);
+void pe_fill_scalar_attention(pe_kernels *k);
+
+void pe_fill_scalar(pe_kernels *k)
+{
+    pe_fill_scalar_matmul(k);
+    pe_fill_scalar_quantize(k);
+    pe_fill_scalar_activations(k);
+    pe_fill_scalar_norm(k);
+    pe_fill_scalar_causal_conv1d(k);
+    pe_fill_scalar_delta_rule(k);
+    pe_fill_scalar_attention(k);
+}
+
+static int always(void) { return 1; }
+
+#ifdef PE_HAVE_AVX2
+static int have_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+#ifdef PE_HAVE_AVX512VNNI
+static int have_avx512vnni(void)
+{
+    return have_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+#ifdef PE_HAVE_NEON_DOTPROD
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+static int have_neon_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#else
+static int have_neon_dotprod(void) { return 1; } /* every 64-bit Apple processor has it */
+#endif
+#endif
+
+/* Lowest first.  A level's table starts as the one of the levels below it. */
+static const struct {
+    const char *name;
+    int (*present)(void);
+    void (*fill)(pe_kernels *k);
+} levels[] = {
+    {"scalar", always, pe_fill_scalar},
+#ifdef PE_HAVE_AVX2
+    {"avx2", have_avx2, pe_fill_avx2},
+#endif
+#ifdef PE_HAVE_AVX512VNNI
+    {"avx512vnni", have_avx512vnni, pe_fill_avx512vnni},
+#endif
+#ifdef PE_HAVE_NEON
+    {"neon", always, pe_fill_neon},
+#endif
+#ifdef PE_HAVE_NEON_DOTPROD
+    {"neon_dotprod", have_neon_dotprod, pe_fill_neon_dotprod},
+#endif
+};
+
+#define N_LEVELS ((int32_t)(sizeof levels / sizeof levels[0]))
+
+pe_kernels pe_active;
+
+static void fill_up_to(int32_t top)
+{
+    for (int32_t i = 0; i <= top; i++)
+        levels[i].fill(&pe_active);
+    pe_active.name = levels[top].name;
+}
+
+const char *pe_isa_name(int32_t i)
+{
+    for (int32_t level = 0; level < N_LEVELS; level++)
+        if (levels[level].present() && i-- == 0)
+            return levels[level].name;
+    return NULL;
+}
+
+const char *pe_isa_active(void) { return pe_active.name; }
+
+int32_t pe_isa_select(const char *name)
+{
+    for (int32_t level = 0; level < N_LEVELS; level++) {
+        if (!strcmp(levels[level].name, name)) {
+            if (!levels[level].present())
+                return PE_ERROR_ARGUMENT;
+            fill_up_to(level);
+            return PE_OK;
+        }
+    }
+    return PE_ERROR_ARGUMENT;
+}
+
+/* The highest level present, so that no operation can meet an empty table. */
+__attribute__((constructor)) static void select_highest(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init(); /* a constructor may run before the runtime's own */
+#endif
+    for (int32_t level = N_LEVELS - 1; level >= 0; level--)
+        if (levels[level].present()) {
+            fill_up_to(level);
+            return;
+        }
+}

@@ -1,0 +1,32 @@
+"""Every error that pyengine raises on purpose; each reads as one line."""
+
+
+class PyengineError(Exception):
+    """Base of the package's own errors."""
+
+
+class FileFormatError(PyengineError):
+    """A file breaks its format: ``PATH: FIELD: PROBLEM``, the problem as "want X, got Y"."""
+
+    def __init__(self, path, field, problem):
+        super().__init__(path, field, problem)
+        self.path, self.field, self.problem = path, field, problem
+
+    def __str__(self):
+        return f"{_one_line(self.path, 4096)}: {_one_line(self.field, 160)}: {_one_line(self.problem, 400)}"
+
+
+class CheckpointError(PyengineError):
+    """Names, shapes or dtypes of a checkpoint contradict each other."""
+
+
+class InputError(PyengineError):
+    """An argument, or a token id, is out of its range."""
+
+
+def _one_line(value, limit):
+    # Fields and problems quote bytes of hostile files: no control characters, no megabytes.
+    text = str(value)
+    if len(text) > limit:
+        text = text[:limit] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
