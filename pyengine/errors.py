@@ -13,7 +13,8 @@ class FileFormatError(PyengineError):
         self.path, self.field, self.problem = path, field, problem
 
     def __str__(self):
-        return f"{_one_line(self.path, 4096)}: {_one_line(self.field, 160)}: {_one_line(self.problem, 400)}"
+        parts = (self.path, 4096), (self.field, 160), (self.problem, 400)
+        return ": ".join(_one_line(part, limit) for part, limit in parts)
 
 
 class CheckpointError(PyengineError):

@@ -427,20 +427,17 @@ def mlp(gate, up, down, a):
 
 
 def experts(w, a, selected_experts, routing_weights, shared_expert_gate):
-    """"routed = sum over the token's experts, expert index ascending, of expert(x) (*)
-    routing_weight; y = routed (+) (sigmoid(shared_expert_gate) (*) shared(x))".
+    """"routed = +0; for the token's experts by ascending index:
+        routed = routed (+) (expert(x) (*) routing_weight)
+    y = routed (+) (sigmoid(shared_expert_gate) (*) shared(x))".
 
     w: gate, up, down (stacks), shared_gate, shared_up, shared_down; selected_experts,
     routing_weights [T, k]; shared_expert_gate [T, 1] -> y [T, hidden], routed, the shared steps."""
-    tokens = a.x.shape[0]
-    routed = torch.zeros(tokens, w.down.shape[1])
-    begun = torch.zeros(tokens, dtype=torch.bool)
+    routed = torch.zeros(a.x.shape[0], w.down.shape[1])
     for e in sorted(set(selected_experts.flatten().tolist())):
         token, slot = torch.where(selected_experts == e)
         step = mlp(w.gate.expert(e), w.up.expert(e), w.down.expert(e), a.rows(token))
-        term = step.down * routing_weights[token, slot][:, None]
-        routed[token] = torch.where(begun[token][:, None], routed[token] + term, term)
-        begun[token] = True
+        routed[token] = routed[token] + step.down * routing_weights[token, slot][:, None]
     shared = mlp(w.shared_gate, w.shared_up, w.shared_down, a)
     y = routed + sigmoid(shared_expert_gate) * shared.down
     return check_finite(y, "experts"), routed, shared
@@ -668,8 +665,7 @@ class Weights:
 
 def shortest_decimal(value):
     """The float64 meant by a float32 that a GGUF stores: the shortest decimal that rounds to it
-    (9.99999997e-07 is 1e-6, the rms_norm_eps that the file was converted from)."""
-    # Hugging Face's own float64 run uses that one; the float32 widened is another model.
+    (9.99999997e-07 is 1e-6, the rms_norm_eps of the config.json that the file came from)."""
     return float(str(np.float32(value)))
 
 

@@ -1,0 +1,48 @@
+"""Routed experts and the gated shared one, Hugging Face's `Qwen3_5MoeSparseMoeBlock`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import ops
+from ..checkpoint import Checkpoint
+from .linear import Linear, as_matrix
+
+
+class SparseMoe:
+    """One layer's `mlp`."""
+
+    def __init__(self, pool: ops.Pool, checkpoint: Checkpoint, name: str):
+        tensors = checkpoint.tensors
+        self.pool, self.name = pool, name
+        self.top_k = checkpoint.config.num_experts_per_tok
+        self.gate = Linear(pool, tensors[f"{name}.gate.weight"])
+        self.shared_expert_gate = Linear(pool, tensors[f"{name}.shared_expert_gate.weight"])
+        parts = [f"{name}.experts.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
+        parts += [f"{name}.shared_expert.{part}.weight"
+                  for part in ("gate_proj", "up_proj", "down_proj")]
+        self.experts = ops.Experts(*(as_matrix(tensors[part]) for part in parts))
+
+    def forward(self, x: ops.Activations, record) -> np.ndarray:
+        """x [T, hidden] -> [T, hidden]."""
+        pool = self.pool
+        router_logits = self.gate(x)
+        routing_weights, selected_experts = ops.router(pool, router_logits, self.top_k)
+        shared_expert_gate = self.shared_expert_gate(x)
+        if not record:
+            return ops.experts(pool, self.experts, x, selected_experts, routing_weights,
+                               shared_expert_gate)
+
+        y, inside = ops.experts(pool, self.experts, x, selected_experts, routing_weights,
+                                shared_expert_gate, trace=True)
+        record(f"{self.name}.shared_expert.gate_proj", inside["shared_gate"])
+        record(f"{self.name}.shared_expert.up_proj", inside["shared_up"])
+        record(f"{self.name}.shared_expert.down_proj", inside["shared"])
+        record(f"{self.name}.shared_expert", inside["shared"])
+        record(f"{self.name}.gate", router_logits)
+        record(f"{self.name}.gate.1", routing_weights)
+        record(f"{self.name}.gate.2", selected_experts.astype(np.int64))
+        record(f"{self.name}.experts", inside["routed"])
+        record(f"{self.name}.shared_expert_gate", shared_expert_gate)
+        record(self.name, y)
+        return y

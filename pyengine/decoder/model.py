@@ -1,0 +1,108 @@
+"""The locked model: fast, and the same bits on any threads, instruction set, chunk or split."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import ops
+from ..checkpoint import Checkpoint
+from ..config import LINEAR
+from ..ids import as_chunk, as_ids
+from .attention import Attention
+from .delta_net import DeltaNet
+from .experts import SparseMoe
+from .linear import Linear
+from .norm import Norm
+from .state import State
+
+DEFAULT_CHUNK = 512  # tokens: bounds the scratch of a long prompt
+
+
+class DecoderLayer:
+    """Hugging Face's `Qwen3_5MoeDecoderLayer`."""
+
+    def __init__(self, pool: ops.Pool, checkpoint: Checkpoint, index: int):
+        config, tensors = checkpoint.config, checkpoint.tensors
+        self.name = name = f"model.layers.{index}"
+        self.linear = config.layer_types[index] == LINEAR
+        eps = config.rms_norm_eps
+        self.input_layernorm = Norm(pool, tensors[f"{name}.input_layernorm.weight"], eps)
+        if self.linear:
+            self.mixer = DeltaNet(pool, checkpoint, f"{name}.linear_attn")
+        else:
+            self.mixer = Attention(pool, checkpoint, f"{name}.self_attn")
+        self.post_attention_layernorm = Norm(
+            pool, tensors[f"{name}.post_attention_layernorm.weight"], eps)
+        self.mlp = SparseMoe(pool, checkpoint, f"{name}.mlp")
+
+    def forward(self, hidden: np.ndarray, state, rope_table, record) -> np.ndarray:
+        """hidden [T, hidden] -> [T, hidden]; updates the layer's state."""
+        x = self.input_layernorm(hidden, record)
+        if self.linear:
+            hidden = hidden + self.mixer.forward(x, state, record)
+        else:
+            hidden = hidden + self.mixer.forward(x, state, rope_table, record)
+        x = self.post_attention_layernorm(hidden, record)
+        hidden = hidden + self.mlp.forward(x, record)
+        if record:
+            record(self.name, hidden)
+        return hidden
+
+
+class LockedModel:
+    """`forward` and `new_state`, as every model of this package; `config`, `arithmetic`, `pool`."""
+
+    arithmetic = "locked"
+
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, pin: bool = False,
+                 chunk: int = DEFAULT_CHUNK):
+        self.checkpoint, self.config = checkpoint, checkpoint.config
+        self.chunk = chunk
+        self.pool = ops.Pool(threads, pin)
+        tensors = checkpoint.tensors
+        self.embed_tokens = tensors["model.embed_tokens.weight"]
+        self.layers = [DecoderLayer(self.pool, checkpoint, i)
+                       for i in range(self.config.num_hidden_layers)]
+        self.norm = Norm(self.pool, tensors["model.norm.weight"], self.config.rms_norm_eps)
+        self.lm_head = Linear(self.pool, tensors["lm_head.weight"])
+        self.lm_head.name = "lm_head"  # a tied one is called model.embed_tokens in the file
+        self.inv_freq = self.config.inv_freq()
+
+    def new_state(self) -> State:
+        return State(self.config, np.float32)
+
+    def forward(self, ids, state: State | None = None, *, chunk: int | None = None,
+                last_only: bool = False, record=None) -> np.ndarray:
+        """ids [T] -> logits float32 [T, vocab], or [1, vocab] of the last token alone.
+
+        state: continued and updated; None starts afresh.  chunk: tokens computed at a time; it
+        bounds memory and changes no bit.  record: called with (name, float32 [tokens, features])
+        for every module's output, in the order of execution, chunk by chunk.
+        Errors: InputError for ids or a chunk out of range, NonFiniteError naming the tensor.
+        """
+        ids = as_ids(ids, self.config.vocab_size)
+        state = self.new_state() if state is None else state
+        chunk = as_chunk(self.chunk if chunk is None else chunk)
+        logits = np.empty((1 if last_only else len(ids), self.config.vocab_size), np.float32)
+        with self.pool.lock:
+            for start in range(0, len(ids), chunk):
+                hidden = self._hidden(ids[start:start + chunk], state, record)
+                if not last_only:
+                    logits[start:start + chunk] = self._logits(hidden, record)
+            if last_only:
+                logits[:] = self._logits(hidden[-1:], record)
+        return logits
+
+    def _hidden(self, ids, state, record):
+        """The last layer's output [T, hidden]; advances the state."""
+        hidden = self.embed_tokens.stored_float32(rows=ids)
+        if record:
+            record("model.embed_tokens", hidden)
+        rope_table = ops.rope_table(state.position, len(ids), self.inv_freq)
+        for layer, layer_state in zip(self.layers, state.layers):
+            hidden = layer.forward(hidden, layer_state, rope_table, record)
+        state.position += len(ids)
+        return hidden
+
+    def _logits(self, hidden, record):
+        return self.lm_head(self.norm(hidden, record), record)

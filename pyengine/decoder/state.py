@@ -1,0 +1,110 @@
+"""What continues a sequence: one entry a layer, copied and restored as a whole."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..config import LINEAR, Config
+from ..errors import InputError
+
+
+class DeltaNetState:
+    """A delta-net layer's memory; its size does not grow with the sequence.
+
+    conv_state       [taps - 1, conv_dim]  the convolution's last inputs, oldest first
+    recurrent_state  [value heads, head_k_dim, head_v_dim]
+    Value heads and their channels are in the checkpoint's order.
+    """
+
+    def __init__(self, config: Config, dtype):
+        self.conv_state = np.zeros((config.linear_conv_kernel_dim - 1, config.conv_dim), dtype)
+        self.recurrent_state = np.zeros(
+            (config.linear_num_value_heads, config.linear_key_head_dim,
+             config.linear_value_head_dim), dtype)
+
+    def copy(self):
+        twin = object.__new__(DeltaNetState)
+        twin.conv_state, twin.recurrent_state = self.conv_state.copy(), self.recurrent_state.copy()
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        return self.conv_state.nbytes + self.recurrent_state.nbytes
+
+
+class KeyValueCache:
+    """A full-attention layer's memory: keys (after norm and rotation) and values.
+
+    keys, values  [length, kv heads, head_dim], views of arrays that grow by doubling
+    """
+
+    def __init__(self, config: Config, dtype):
+        self.length = 0
+        shape = (0, config.num_key_value_heads, config.head_dim)
+        self._keys, self._values = np.empty(shape, dtype), np.empty(shape, dtype)
+
+    @property
+    def keys(self):
+        return self._keys[: self.length]
+
+    @property
+    def values(self):
+        return self._values[: self.length]
+
+    def append(self, keys, values):
+        """keys, values [tokens, kv heads, head_dim] -> the positions length .. length + tokens."""
+        stop = self.length + len(keys)
+        self.reserve(stop)
+        self._keys[self.length:stop], self._values[self.length:stop] = keys, values
+        self.length = stop
+
+    def reserve(self, positions: int):
+        """Room for that many positions in all."""
+        if positions > len(self._keys):
+            capacity = max(positions, 2 * len(self._keys), 256)
+            self._keys = self._grown(self._keys, capacity)
+            self._values = self._grown(self._values, capacity)
+
+    def _grown(self, old, capacity):
+        new = np.empty((capacity, *old.shape[1:]), old.dtype)
+        new[: self.length] = old[: self.length]
+        return new
+
+    def copy(self):
+        twin = object.__new__(KeyValueCache)
+        twin.length = self.length
+        twin._keys, twin._values = self.keys.copy(), self.values.copy()
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes
+
+
+class State:
+    """A sequence so far: `position` tokens of it, and each layer's memory.
+
+    `copy()` is a snapshot: it shares nothing, and continuing from it gives the same bits as
+    computing the sequence anew.  A state belongs to the model that made it.
+    """
+
+    def __init__(self, config: Config, dtype):
+        self.position = 0
+        self.layers = [DeltaNetState(config, dtype) if kind == LINEAR
+                       else KeyValueCache(config, dtype) for kind in config.layer_types]
+
+    def copy(self) -> State:
+        twin = object.__new__(State)
+        twin.position, twin.layers = self.position, [layer.copy() for layer in self.layers]
+        return twin
+
+    def restore(self, snapshot: State) -> None:
+        """Become a copy of the snapshot."""
+        if len(snapshot.layers) != len(self.layers):
+            raise InputError(f"state: want {len(self.layers)} layers, got {len(snapshot.layers)}")
+        twin = snapshot.copy()
+        self.position, self.layers = twin.position, twin.layers
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)

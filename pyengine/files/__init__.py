@@ -1,0 +1,1 @@
+"""Readers and writers of the file formats: they know bytes and names, and no model."""

@@ -1,0 +1,581 @@
+"""GGUF v2 and v3, little-endian: memory-mapped, lazy, zero-copy. Knows no model.
+
+Opening walks the header once, checks every bound and keeps only positions; no
+array is decoded until it is asked for. Layout of a file, by the GGUF
+specification of the ggml project::
+
+    "GGUF" | version u32 | n_tensors u64 | n_kv u64
+    n_kv      x  key string | value type u32 | value
+    n_tensors x  name string | n_dims u32 | dims u64[n_dims] | type u32 | offset u64
+    padding to general.alignment | tensor data; offsets count from here
+
+A string is its length as u64, then its bytes. An array is its element type u32,
+its length u64, then its elements.
+"""
+
+import dataclasses
+import math
+import mmap
+import os
+import re
+import stat
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple, Optional
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from pyengine.errors import FileFormatError
+
+DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 20
+MAX_KEY_BYTES = 65535  # the specification's limit
+MAX_NAME_BYTES = 64  # the specification's limit
+MAX_DIMS = 4
+MAX_STRINGS = 1 << 24  # empty strings cost a sparse file nothing, and the walk time
+
+# What one entry takes at least; bounds the counts before any loop is entered.
+MIN_KEY_VALUE_BYTES = 8 + 1 + 4 + 1
+MIN_TENSOR_INFO_BYTES = 8 + 1 + 4 + 8 + 4 + 8
+
+SCALAR_DTYPES = {
+    GGUFValueType.UINT8: np.dtype("u1"),
+    GGUFValueType.INT8: np.dtype("i1"),
+    GGUFValueType.UINT16: np.dtype("<u2"),
+    GGUFValueType.INT16: np.dtype("<i2"),
+    GGUFValueType.UINT32: np.dtype("<u4"),
+    GGUFValueType.INT32: np.dtype("<i4"),
+    GGUFValueType.UINT64: np.dtype("<u8"),
+    GGUFValueType.INT64: np.dtype("<i8"),
+    GGUFValueType.FLOAT32: np.dtype("<f4"),
+    GGUFValueType.FLOAT64: np.dtype("<f8"),
+    GGUFValueType.BOOL: np.dtype("?"),
+}
+
+PLAIN_DTYPES = {
+    GGMLQuantizationType.F32: np.dtype("<f4"),
+    GGMLQuantizationType.F16: np.dtype("<f2"),
+    GGMLQuantizationType.BF16: np.dtype("<u2"),
+}
+BLOCK_TYPES = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0)
+
+# Per type: the word that can be non-finite (a block's float16 scale, its first
+# word, or the element itself), and its exponent bits, all ones when it is.
+EXPONENT_BITS = {
+    GGMLQuantizationType.F32: (np.dtype("<u4"), 0x7F800000),
+    GGMLQuantizationType.F16: (np.dtype("<u2"), 0x7C00),
+    GGMLQuantizationType.BF16: (np.dtype("<u2"), 0x7F80),
+    GGMLQuantizationType.Q8_0: (np.dtype("<u2"), 0x7C00),
+    GGMLQuantizationType.Q4_0: (np.dtype("<u2"), 0x7C00),
+}
+SCAN_CHUNK_BYTES = 64 << 20
+
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+
+
+def map_file(path):
+    """Map a regular file read-only -> mmap. FileFormatError when missing, empty or special."""
+    try:
+        # Before open: opening a FIFO would wait for a writer.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise FileFormatError(path, "file", "want a regular file")
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise FileFormatError(path, "file", "want some bytes, got an empty file")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise FileFormatError(path, "file", f"cannot be read: {error}") from error
+
+
+# --- metadata ---------------------------------------------------------------
+
+
+class ValueType(NamedTuple):
+    """The stored type of a metadata value; element and length are None unless it is an array."""
+
+    kind: GGUFValueType
+    element: Optional[GGUFValueType] = None
+    length: Optional[int] = None
+
+    def __str__(self):
+        if self.kind != GGUFValueType.ARRAY:
+            return self.kind.name.lower()
+        return f"array of {self.length} {self.element.name.lower()}"
+
+    def python_type(self):
+        """int, float, bool, str, or list for an array."""
+        return list if self.kind == GGUFValueType.ARRAY else _python_type(self.kind)
+
+
+class Metadata(Mapping):
+    """Keys -> values, decoded at each access and not kept.
+
+    Scalars come as int, float, bool or str; numeric and bool arrays as read-only
+    NumPy views of the file; string arrays as list[str]. A string that is not
+    UTF-8 is a FileFormatError; `raw_strings` still gives its bytes.
+    """
+
+    def __init__(self, path, buffer, values):
+        self._path = path
+        self._buffer = buffer
+        self._values = values  # key -> (ValueType, position of the value)
+
+    def __iter__(self):
+        return iter(self._values)
+
+    def __len__(self):
+        return len(self._values)
+
+    def __contains__(self, key):  # Mapping's own would decode the value
+        return key in self._values
+
+    def __getitem__(self, key):
+        value_type, position = self._values[key]
+        if GGUFValueType.STRING in (value_type.kind, value_type.element):
+            strings = self._decode(key, self.raw_strings(key))
+            return strings if value_type.kind == GGUFValueType.ARRAY else strings[0]
+        if value_type.kind == GGUFValueType.ARRAY:
+            dtype = SCALAR_DTYPES[value_type.element]
+            return np.ndarray((value_type.length,), dtype, self._buffer, position)
+        return np.ndarray((), SCALAR_DTYPES[value_type.kind], self._buffer, position).item()
+
+    def type_of(self, key):
+        """-> ValueType; KeyError when absent. Decodes nothing."""
+        return self._values[key][0]
+
+    def raw_strings(self, key):
+        """The undecoded strings of a string array (or of one string) -> list[bytes]."""
+        value_type, position = self._values[key]
+        if GGUFValueType.STRING not in (value_type.kind, value_type.element):
+            raise FileFormatError(self._path, key, f"want strings, got {value_type}")
+        count = 1 if value_type.length is None else value_type.length
+        strings = []
+        for _ in range(count):
+            start = position + 8
+            position = start + _U64.unpack_from(self._buffer, position)[0]
+            strings.append(self._buffer[start:position])
+        return strings
+
+    def require(self, key, type, of=None):
+        """The value of `key`, which must be an int, float, bool, str or list.
+
+        `of` also fixes the element type of a list. No conversions: a bool is no
+        int, an int is no float. FileFormatError when absent or of another type.
+        """
+        want = type.__name__ if of is None else f"list of {of.__name__}"
+        if key not in self._values:
+            raise FileFormatError(self._path, key, f"want {want}, got no such key")
+        value_type = self.type_of(key)
+        element_differs = of is not None and (
+            value_type.element is None or _python_type(value_type.element) is not of
+        )
+        if value_type.python_type() is not type or element_differs:
+            raise FileFormatError(self._path, key, f"want {want}, got {value_type}")
+        return self[key]
+
+    def _decode(self, key, strings):
+        try:
+            return [string.decode() for string in strings]
+        except UnicodeDecodeError:
+            index = next(i for i, string in enumerate(strings) if not _is_utf8(string))
+            problem = f"want UTF-8, got {strings[index][:40]!r} at index {index}"
+            raise FileFormatError(self._path, key, problem) from None
+
+
+def _python_type(kind):
+    if kind == GGUFValueType.STRING:
+        return str
+    return {"b": bool, "f": float}.get(SCALAR_DTYPES[kind].kind, int)
+
+
+def _is_utf8(string):
+    try:
+        string.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# --- tensors ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GGUFTensor:
+    """One tensor of a mapped file; `shape` is row-major, ggml's dimensions reversed."""
+
+    path: Path
+    name: str
+    type: GGMLQuantizationType
+    shape: tuple
+    nbytes: int
+    offset: int  # from the start of the file
+    _buffer: mmap.mmap = dataclasses.field(repr=False)
+
+    @property
+    def data(self):
+        """Read-only view of the file.
+
+        F32 and F16: that dtype and `shape`; BF16: its bits, uint16 of `shape`;
+        Q8_0 and Q4_0: uint8 [*shape[:-1], bytes per row]. FileFormatError on
+        every other type.
+        """
+        if self.type in PLAIN_DTYPES:
+            return np.ndarray(self.shape, PLAIN_DTYPES[self.type], self._buffer, self.offset)
+        if self.type in BLOCK_TYPES:
+            block, block_bytes = GGML_QUANT_SIZES[self.type]
+            shape = (*self.shape[:-1], self.shape[-1] // block * block_bytes)
+            return np.ndarray(shape, np.uint8, self._buffer, self.offset)
+        supported = ", ".join(t.name for t in (*PLAIN_DTYPES, *BLOCK_TYPES))
+        problem = f"want type {supported}, got {self.type.name}"
+        raise FileFormatError(self.path, f"tensor {self.name}", problem)
+
+
+def dequantize(tensor, rows=slice(None)):
+    """The exact values of `tensor`, or of `rows` along its first axis -> float32.
+
+    rows: slice, integer or integer array. The shape is that of indexing an array
+    of `tensor.shape`. An F32 tensor comes as a read-only view, all others as new
+    arrays. Non-finite scales give non-finite values, without a warning.
+    """
+    data = tensor.data
+    if tensor.type in PLAIN_DTYPES:
+        return _plain_to_float32(data[rows], tensor.type)
+    if len(tensor.shape) == 1:  # its elements share blocks: unpack, then index
+        return blocks_to_float32(data, tensor.type)[rows]
+    return blocks_to_float32(data[rows], tensor.type)
+
+
+def _plain_to_float32(values, ggml_type):
+    if ggml_type == GGMLQuantizationType.BF16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def blocks_to_float32(data, ggml_type):
+    """Q8_0 or Q4_0 blocks, uint8 [..., bytes per row] -> float32 [..., columns], exact."""
+    block, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    lead, n_blocks = data.shape[:-1], data.shape[-1] // block_bytes
+    blocks = data.reshape(*lead, n_blocks, block_bytes)
+    scales = blocks[..., :2].view("<f2").astype(np.float32)
+    codes = _codes_q8_0 if ggml_type == GGMLQuantizationType.Q8_0 else codes_q4_0
+    # A float16 scale has 11 significant bits and a code at most 8: float32 holds the product.
+    with np.errstate(invalid="ignore"):
+        values = codes(blocks).astype(np.float32)
+        values *= scales
+    return values.reshape(*lead, n_blocks * block)
+
+
+def _codes_q8_0(blocks):
+    """uint8 [..., 34] -> int8 [..., 32]."""
+    return blocks[..., 2:].view(np.int8)
+
+
+def codes_q4_0(blocks):
+    """uint8 [..., 18] -> int8 [..., 32]: low nibbles are elements 0..15, high ones 16..31."""
+    packed = blocks[..., 2:]
+    nibbles = np.concatenate([packed & 0x0F, packed >> 4], axis=-1)
+    return nibbles.view(np.int8) - np.int8(8)
+
+
+def first_nonfinite_scale(tensor):
+    """Index of the first NaN or infinity, or None when all is finite.
+
+    Q8_0, Q4_0: the index of the block whose scale it is, (*row index, block in
+    the row); F32, F16, BF16: the index of the element. Temporaries stay below 64 MiB.
+    """
+    word, exponent = EXPONENT_BITS.get(tensor.type, (None, None))
+    data = tensor.data  # raises for a type that is not in the table
+    block, block_bytes = GGML_QUANT_SIZES[tensor.type]
+    shape = (*tensor.shape[:-1], tensor.shape[-1] // block)
+    # One word out of every block_bytes, without touching the bytes between.
+    words = np.ndarray((math.prod(shape),), word, data, strides=(block_bytes,))
+    step = SCAN_CHUNK_BYTES // (2 * word.itemsize)
+    for start in range(0, words.size, step):
+        nonfinite = (words[start : start + step] & exponent) == exponent
+        if nonfinite.any():
+            index = np.unravel_index(start + int(nonfinite.argmax()), shape)
+            return tuple(int(i) for i in index)
+    return None
+
+
+# --- the header -------------------------------------------------------------
+
+
+class _Header:
+    """Reads one file's header front to back; every read is checked against the file's end."""
+
+    def __init__(self, path):
+        self.path = path
+        self.buffer = map_file(path)
+        self.size = len(self.buffer)
+        self.position = 0
+        self.version, n_tensors, n_values = self._read_preamble()
+        values = self._read_values(n_values)
+        self.metadata = Metadata(path, self.buffer, values)
+        self.alignment = self._read_alignment()
+        self.tensors = self._read_tensors(n_tensors)
+
+    def fail(self, field, problem):
+        raise FileFormatError(self.path, field, problem)
+
+    def _take(self, nbytes, field):
+        """Step over `nbytes` -> their position."""
+        position, left = self.position, self.size - self.position
+        if nbytes > left:
+            self.fail(field, f"want {nbytes} bytes, got {left} to the end of the file")
+        self.position += nbytes
+        return position
+
+    def _u32(self, field):
+        return _U32.unpack_from(self.buffer, self._take(4, field))[0]
+
+    def _u64(self, field):
+        return _U64.unpack_from(self.buffer, self._take(8, field))[0]
+
+    def _name(self, field, limit):
+        """A key or a tensor's name -> str."""
+        length = self._u64(field)
+        if not 1 <= length <= limit:
+            self.fail(field, f"want a length of 1 to {limit} bytes, got {length}")
+        start = self._take(length, field)
+        name = self.buffer[start : start + length]
+        if not _is_utf8(name):
+            self.fail(field, f"want UTF-8, got {name!r}")
+        return name.decode()
+
+    def _read_preamble(self):
+        start = self._take(4, "magic")
+        magic = self.buffer[start : start + 4]
+        if magic != b"GGUF":
+            self.fail("magic", f"want b'GGUF', got {magic!r}")
+        version = self._u32("version")
+        if version and version & 0xFFFF == 0:
+            self.fail("version", f"want a little-endian file, got {version:#010x}: big-endian")
+        if version not in (2, 3):
+            self.fail("version", f"want 2 or 3, got {version}")
+        return version, self._u64("tensor count"), self._u64("key count")
+
+    def _check_count(self, field, count, min_bytes):
+        limit = (self.size - self.position) // min_bytes
+        if count > limit:
+            self.fail(field, f"want at most {limit} in what is left of the file, got {count}")
+
+    def _read_values(self, count):
+        """-> dict: key -> (ValueType, position of the value, after an array's own header)."""
+        self._check_count("key count", count, MIN_KEY_VALUE_BYTES)
+        values = {}
+        for index in range(count):
+            key = self._name(f"key {index}", MAX_KEY_BYTES)
+            if key in values:
+                self.fail(key, "duplicate key")
+            values[key] = self._read_value(key)
+        return values
+
+    def _value_type(self, key):
+        code = self._u32(key)
+        try:
+            return GGUFValueType(code)
+        except ValueError:
+            self.fail(key, f"want a value type of 0 to 12, got {code}")
+
+    def _read_value(self, key):
+        kind = self._value_type(key)
+        if kind == GGUFValueType.STRING:
+            position = self.position
+            self._take(self._u64(key), key)
+            return ValueType(kind), position
+        if kind != GGUFValueType.ARRAY:
+            return ValueType(kind), self._skip_numbers(key, kind, 1)
+        element = self._value_type(key)
+        length = self._u64(key)
+        if element == GGUFValueType.ARRAY:
+            self.fail(key, "want an array of scalars or strings, got nested arrays")
+        skip = self._skip_strings if element == GGUFValueType.STRING else self._skip_numbers
+        return ValueType(kind, element, length), skip(key, element, length)
+
+    def _skip_numbers(self, key, kind, count):
+        """Step over `count` scalars -> the position of the first."""
+        position = self._take(count * SCALAR_DTYPES[kind].itemsize, key)
+        if kind == GGUFValueType.BOOL:
+            stored = np.ndarray((count,), np.uint8, self.buffer, position)
+            if (stored > 1).any():
+                self.fail(key, f"want bools of 0 or 1, got {stored[stored > 1][0]}")
+        return position
+
+    def _skip_strings(self, key, kind, count):
+        """Step over `count` strings -> the position of the first.
+
+        A length leads to the next one, so this walk is the only way to the next
+        key, and its loop is the cost of opening: nothing but the step is in it.
+        """
+        limit = min(MAX_STRINGS, (self.size - self.position) // 8)
+        if count > limit:
+            self.fail(key, f"want at most {limit} strings, got {count}")
+        start = position = self.position
+        buffer, length_at = self.buffer, _U64.unpack_from
+        try:
+            for _ in range(count):
+                position += 8 + length_at(buffer, position)[0]
+        except (struct.error, OverflowError):
+            position = self.size + 1
+        if position > self.size:
+            self.fail(key, "want its strings within the file, got one that runs past the end")
+        self.position = position
+        return start
+
+    def _read_alignment(self):
+        key = "general.alignment"
+        if key not in self.metadata:
+            return DEFAULT_ALIGNMENT
+        value_type = self.metadata.type_of(key)
+        if value_type.kind != GGUFValueType.UINT32:
+            self.fail(key, f"want uint32, got {value_type}")
+        alignment = self.metadata[key]
+        # The specification's multiple of 8; it also keeps every F32 view aligned.
+        if not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+            self.fail(key, f"want a power of two from 8 to {MAX_ALIGNMENT}, got {alignment}")
+        return alignment
+
+    def _read_tensors(self, count):
+        """-> dict: name -> GGUFTensor, in file order."""
+        self._check_count("tensor count", count, MIN_TENSOR_INFO_BYTES)
+        infos = {}
+        for index in range(count):
+            name = self._name(f"tensor {index}", MAX_NAME_BYTES)
+            if name in infos:
+                self.fail(f"tensor {name}", "duplicate tensor name")
+            infos[name] = self._read_tensor_info(f"tensor {name}")
+        data_start = -(-self.position // self.alignment) * self.alignment
+        self._check_ranges(infos, data_start)
+        return {
+            name: GGUFTensor(
+                self.path, name, ggml_type, shape, nbytes, data_start + offset, self.buffer
+            )
+            for name, (ggml_type, shape, nbytes, offset) in infos.items()
+        }
+
+    def _read_tensor_info(self, field):
+        """-> (ggml type, row-major shape, nbytes, offset from the start of the data)."""
+        n_dims = self._u32(field)
+        if not 1 <= n_dims <= MAX_DIMS:
+            self.fail(field, f"want 1 to {MAX_DIMS} dimensions, got {n_dims}")
+        dims = tuple(self._u64(field) for _ in range(n_dims))
+        if 0 in dims:
+            self.fail(field, f"want dimensions of at least 1, got {dims}")
+        ggml_type = self._tensor_type(field)
+        nbytes = self._tensor_nbytes(field, dims, ggml_type)
+        return ggml_type, dims[::-1], nbytes, self._u64(field)
+
+    def _tensor_type(self, field):
+        code = self._u32(field)
+        try:
+            ggml_type = GGMLQuantizationType(code)
+            GGML_QUANT_SIZES[ggml_type]
+        except (ValueError, KeyError):
+            self.fail(field, f"want a known ggml type, got {code}")
+        return ggml_type
+
+    def _tensor_nbytes(self, field, dims, ggml_type):
+        block, block_bytes = GGML_QUANT_SIZES[ggml_type]
+        if dims[0] % block:
+            want = f"rows of a multiple of {block} for {ggml_type.name}"
+            self.fail(field, f"want {want}, got {dims[0]}")
+        nbytes = math.prod(dims) // block * block_bytes
+        if max(nbytes, math.prod(dims)) >= 1 << 63:
+            self.fail(field, f"want fewer than 2^63 elements and bytes, got dimensions {dims}")
+        return nbytes
+
+    def _check_ranges(self, infos, data_start):
+        """Every range aligned, inside the file, and apart from the others."""
+        data_size = max(0, self.size - data_start)
+        end, before = 0, None
+        for name, (_, _, nbytes, offset) in sorted(infos.items(), key=lambda item: item[1][3]):
+            field = f"tensor {name}"
+            if offset % self.alignment:
+                self.fail(field, f"want an offset of a multiple of {self.alignment}, got {offset}")
+            if offset + nbytes > data_size:
+                got = f"bytes {offset} to {offset + nbytes}"
+                self.fail(field, f"want data within the file's {data_size} bytes, got {got}")
+            if offset < end:
+                self.fail(field, f"want an offset from {end} on, got {offset}: overlaps {before}")
+            end, before = offset + nbytes, name
+
+
+# --- the file, or its splits ------------------------------------------------
+
+SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+class GGUF:
+    """An open GGUF model: one file, or all splits of one.
+
+    path: Path as opened; paths: tuple of every split's Path; size: the sum of
+    their bytes. metadata, version and alignment are those of the first split.
+    tensors: read-only mapping, name -> GGUFTensor, in file order. The mappings
+    close when the last view of them is gone.
+    """
+
+    @classmethod
+    def open(cls, path):
+        """Open a file, or the first split and with it all others. FileFormatError on any fault."""
+        first = _Header(Path(path))
+        return cls([first, *_open_other_splits(first)])
+
+    def __init__(self, headers):
+        first = headers[0]
+        self.path, self.version, self.alignment = first.path, first.version, first.alignment
+        self.metadata = first.metadata
+        self.paths = tuple(header.path for header in headers)
+        self.size = sum(header.size for header in headers)
+        self.tensors = MappingProxyType(_merge_tensors(headers))
+
+
+def _open_other_splits(first):
+    """The first split's header -> those of splits 1 .. split.count - 1."""
+    if "split.count" not in first.metadata:
+        return []
+    count = first.metadata.require("split.count", int)
+    if count <= 1:
+        return []
+    _check_split_number(first, 0)
+    name = SPLIT_NAME.fullmatch(first.path.name)
+    if not name or int(name["number"]) != 1 or int(name["count"]) != count:
+        want = f"NAME-00001-of-{count:05d}.gguf"
+        raise FileFormatError(first.path, "file name", f"want {want}, got {first.path.name}")
+    return [_open_split(first, name["stem"], number, count) for number in range(1, count)]
+
+
+def _open_split(first, stem, number, count):
+    path = first.path.with_name(f"{stem}-{number + 1:05d}-of-{count:05d}.gguf")
+    split = _Header(path)
+    got = split.metadata.require("split.count", int)
+    if got != count:
+        raise FileFormatError(path, "split.count", f"want {count} as in {first.path}, got {got}")
+    _check_split_number(split, number)
+    return split
+
+
+def _check_split_number(split, number):
+    got = split.metadata.require("split.no", int)
+    if got != number:
+        raise FileFormatError(split.path, "split.no", f"want {number}, got {got}")
+
+
+def _merge_tensors(headers):
+    first, tensors = headers[0], {}
+    for header in headers:
+        for name, tensor in header.tensors.items():
+            if name in tensors:
+                problem = f"duplicate tensor, also in {tensors[name].path}"
+                raise FileFormatError(header.path, f"tensor {name}", problem)
+            tensors[name] = tensor
+    if len(headers) > 1 and "split.tensors.count" in first.metadata:
+        want = first.metadata.require("split.tensors.count", int)
+        if want != len(tensors):
+            problem = f"want {want} tensors in all splits, got {len(tensors)}"
+            raise FileFormatError(first.path, "split.tensors.count", problem)
+    return tensors
