@@ -5,14 +5,16 @@
  * number of threads, since threads share out whole output elements and never the terms of a sum.
  *
  * Notation
- *   f32(e)      e computed exactly, or as stated, then rounded once to float32, nearest even.
+ *   f32(e)      e in float64, every operation rounded to nearest even, then rounded to float32.
+ *               (A product of two float32 values is exact in float64; a quotient or an integer
+ *               that is rounded twice in this way is the one that is rounded once.)
  *   a (+) b     one float32 (or, where said, float64) operation, rounded to nearest even.
  *               Multiply and add are always two operations: nothing here is contracted to an FMA.
  *   "ascending" a sum starts with its first term and adds the others one at a time in that order.
  *   sum8(p)     the dense sum: eight float64 accumulators, all +0 at first; term i is added to
  *               accumulator i mod 8, i ascending; then, with A the accumulators,
  *               B[i] = A[i] + A[i+4] for i < 4;  C[i] = B[i] + B[i+2] for i < 2;  result C[0] + C[1].
- *               Its terms are products of two float32 values, hence exact in float64.
+ *               Its terms are float32 values or products of two, hence exact in float64.
  *   dot16(p)    the attention dot: sixteen float32 accumulators, all +0 at first; term i (a float32
  *               product, rounded) is added to accumulator i mod 16, i ascending; then
  *               B[i] = A[i] + A[i+8], i < 8;  C[i] = B[i] + B[i+4], i < 4;  D[i] = C[i] + C[i+2],
@@ -26,6 +28,11 @@
  * returns PE_OK or an error below and prints nothing.
  *
  * The model whose steps these are is defined by Hugging Face transformers, models/qwen3_5_moe.
+ * What lies between the operations: an embedding row is its codes times their scales, exact in
+ * float32; a residual is hidden (+) output; states and caches start at +0; eps is the decimal of
+ * config.json (a GGUF's float32 field read as its shortest decimal: 1e-6, not 9.99999997e-07);
+ * neg_exp_a_log is a GGUF's ssm_a, or -exp(A_log); inv_freq as pyengine/config.py states it.  Value
+ * heads, and with them the groups of out_proj's columns, stay in the checkpoint's own order.
  */
 #ifndef PYENGINE_H
 #define PYENGINE_H

@@ -248,7 +248,8 @@ def _write_directory(checkpoint: Checkpoint, directory: Path, shard_bytes: int) 
     _write_json(directory / "generation_config.json", {
         "eos_token_id": list(checkpoint.config.eos_token_ids) or None,
         "pad_token_id": checkpoint.config.pad_token_id, "do_sample": False})
-    export_tokenizer(checkpoint.file, directory)
+    if "tokenizer.ggml.model" in checkpoint.file.metadata:
+        export_tokenizer(checkpoint.file, directory)
     _write_json(directory / provenance.FILE_NAME, provenance.describe(
         sources, checkpoint.file, METHOD, GROUP, 8, digests))
 

@@ -1,0 +1,12 @@
+"""The embedded default: a small checkpoint with golden traces, made by tools/make_default.py."""
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+CHECKPOINT = HERE / "default.gguf"
+
+# Traces that PyTorch made of it, over one prompt.
+GOLDEN_FLOAT64 = HERE / "default.float64.safetensors"  # Hugging Face's own code, in float64
+GOLDEN_LOCKED = HERE / "default.locked.safetensors"  # the restatement, on the GGUF
+GOLDEN_LOCKED_INT8 = HERE / "default-int8.locked.safetensors"  # the restatement, on the INT8 twin

@@ -1,0 +1,49 @@
+"""A GGUF written again with changes: what a converter with a fault, or another option, would give."""
+
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter
+from gguf.constants import GGMLQuantizationType, GGUFValueType
+
+from pyengine.files.gguf import GGUF
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def rewrite(source, destination, metadata=None, tensors=None, drop=()):
+    """Copy a GGUF.  metadata: {key: (value, GGUFValueType) or None to leave out};
+    tensors: {name: (stored array, GGMLQuantizationType)} changed or added; drop: names left out."""
+    file = GGUF.open(source)
+    writer = GGUFWriter(destination, file.metadata["general.architecture"])
+    _write_metadata(writer, file, metadata or {})
+    stored = {name: (t.data, t.type) for name, t in file.tensors.items() if name not in drop}
+    for name, (data, kind) in (stored | (tensors or {})).items():
+        if kind == GGMLQuantizationType.BF16:
+            data = data.view(np.uint8)
+        raw = kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind if raw else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return destination
+
+
+def _write_metadata(writer, file, changes):
+    for key in file.metadata:
+        if key in changes or key in ("general.architecture",):
+            continue
+        kind = file.metadata.type_of(key)
+        value = file.metadata[key]
+        if kind.kind == GGUFValueType.ARRAY:
+            writer.add_key_value(key, list(np.asarray(value).tolist()) if kind.element
+                                 != GGUFValueType.STRING else value, GGUFValueType.ARRAY,
+                                 sub_type=kind.element)
+        else:
+            writer.add_key_value(key, value, kind.kind)
+    for key, change in changes.items():
+        if change is not None:
+            value, kind = change
+            writer.add_key_value(key, value, kind, *(
+                [GGUFValueType.BOOL] if kind == GGUFValueType.ARRAY else []))
