@@ -67,10 +67,10 @@ def _kept_differs_within_rounding(logits, top_k, top_p, min_p):
     dict(temperature=0.6, top_k=12, top_p=0.95, min_p=0.02),
 ])
 def test_draws_follow_the_distribution(options):
-    """Pearson's chi-square of 20000 draws stays below its mean by 5 standard deviations and more."""
+    """Pearson's chi-square of 5000 draws lies less than 5 standard deviations above its mean."""
     logits = np.random.default_rng(1729).normal(0, 2, 50).astype(np.float32)
     want = expected(logits, **{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **options})
-    sampler, draws = Sampler(**options), 20_000
+    sampler, draws = Sampler(**options), 5_000
     counts = np.bincount([sampler.sample(logits) for _ in range(draws)], minlength=50)
     assert set(np.flatnonzero(counts)) <= set(want)
     often = [i for i, p in want.items() if p * draws >= 5]

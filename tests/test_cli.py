@@ -1,0 +1,125 @@
+"""The command line: what it prints, its exit codes, and one line for whatever is wrong."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rewrite import GOLDEN
+
+import pyengine
+from pyengine.cli import main
+
+MODEL = str(GOLDEN / "pattern31.gguf")
+
+
+def run(*arguments):
+    return main([str(a) for a in arguments])
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr of a command that must end with exit code 2 and print nothing else."""
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("pyengine: ")
+    return err
+
+
+def test_info(capsys):
+    assert run("info", MODEL) == 0
+    assert "hidden_size              64" in capsys.readouterr().out
+    assert run("info", MODEL, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["experts"] == 6 and facts["full_attention_layers"] == [3]
+    assert facts["parameters"] > 100_000 and facts["isa"] in facts["isas_available"]
+    assert run("info") == 0
+
+
+def test_logits(tmp_path, capsys):
+    assert run("logits", "-m", MODEL, "--ids", "1 2,3", "-o", tmp_path / "a.npy") == 0
+    logits = np.load(tmp_path / "a.npy")
+    assert logits.dtype == np.float32 and logits.shape == (3, 288)
+    assert np.array_equal(logits, pyengine.load(MODEL).forward([1, 2, 3]))
+    (tmp_path / "ids.txt").write_text("1 2\n3\n")
+    assert run("logits", "-m", MODEL, "--ids-file", tmp_path / "ids.txt", "--arithmetic", "float64",
+               "-o", tmp_path / "b.npy", "--chunk", "2", "-t", "2") == 0
+    assert np.array_equal(np.load(tmp_path / "b.npy"), pyengine.load(MODEL, "float64").forward([1, 2, 3]))
+    np.save(tmp_path / "ids.npy", np.array([1, 2, 3]))
+    assert run("logits", "-m", MODEL, "--ids-file", tmp_path / "ids.npy", "-o", tmp_path / "c.npy") == 0
+    assert np.array_equal(np.load(tmp_path / "c.npy"), logits)
+
+
+def test_trace_and_verify(tmp_path, capsys):
+    (tmp_path / "ids").write_text("5 6 7")
+    for name, arithmetic in [("a", "locked"), ("b", "locked"), ("c", "float64")]:
+        assert run("trace", "-m", MODEL, "--ids-file", tmp_path / "ids", "--arithmetic", arithmetic,
+                   "-o", tmp_path / name) == 0
+    capsys.readouterr()
+    assert run("verify", tmp_path / "a", tmp_path / "b") == 0
+    assert capsys.readouterr().out == "equal: 83 tensors, every bit\n"
+    assert run("verify", tmp_path / "a", tmp_path / "c") == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("different: ") and " ulp; first at [" in out[1]
+    assert run("verify", tmp_path / "a", tmp_path / "c", "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["equal"] is False and report["differences"][0]["name"] == "model.layers.0.input_layernorm"
+
+
+def test_quantize(tmp_path, capsys):
+    assert run("quantize", MODEL, "--int8", tmp_path / "int8") == 0
+    assert run("info", tmp_path / "int8", "--json") == 0
+    assert json.loads(capsys.readouterr().out.split("written\n")[1])["tensor_types"]["INT8"] > 30
+    assert "does not exist yet" in fails(capsys, "quantize", MODEL, "--int8", tmp_path / "int8")
+
+
+def test_generate(capsys):
+    assert run("generate", "-m", MODEL, "--ids", "1 2 3", "-n", "5") == 0
+    ids = [int(i) for i in capsys.readouterr().out.split()]
+    logits = pyengine.load(MODEL).forward([1, 2, 3])
+    assert 1 <= len(ids) <= 5 and ids[0] == logits[-1].argmax()
+    for _ in range(2):
+        assert run("generate", "-m", MODEL, "--ids", "1 2 3", "-n", "8", "--temp", "1.5", "-s", "7") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
+def test_generate_text(capsys):
+    pytest.importorskip("tokenizers")
+    assert run("generate", "-m", MODEL, "-p", "the", "-n", "4") == 0
+    assert capsys.readouterr().out.startswith("the")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "the following arguments are required: COMMAND"),
+    (["nonsense"], "invalid choice: 'nonsense'"),
+    (["info", "/no/such"], "/no/such: want a GGUF file or a checkpoint directory"),
+    (["info", __file__], "magic"),
+    (["info", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+    (["logits", "-m", MODEL, "--ids", "1 x", "-o", "/tmp/never.npy"], "--ids: want integers, got 'x'"),
+    (["logits", "-m", MODEL, "--ids", "288", "-o", "/tmp/never.npy"], "ids: want 0 to 287, got 288"),
+    (["logits", "-m", MODEL, "--ids", "", "-o", "/tmp/never.npy"], "ids: want at least one id"),
+    (["logits", "-m", MODEL, "--ids", "1", "-o", "/no/such/out.npy"], "want a file in a directory"),
+    (["logits", "-m", MODEL, "--ids-file", "/no/ids", "-o", "/tmp/never.npy"], "/no/ids: want token ids"),
+    (["logits", "-m", MODEL, "--ids", "1", "-t", "0", "-o", "/tmp/never.npy"], "argument -t/--threads"),
+    (["logits", "-m", MODEL, "--ids", "1", "--chunk", "0", "-o", "/tmp/never.npy"], "argument --chunk"),
+    (["generate", "-m", MODEL, "--ids", "1", "--temp", "-1"], "temperature"),
+    (["verify", MODEL, MODEL], "header"),
+    (["verify", "/no/a", "/no/b"], "/no/a"),
+    (["quantize", "/no/such.gguf", "--int8", "/tmp/never-written"], "/no/such.gguf: want a GGUF"),
+])
+def test_bad_input_is_one_line(capsys, arguments, message):
+    assert message in fails(capsys, *arguments)
+
+
+# In a directory of its own, so that the installed package is what runs.
+def test_as_a_process(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "pyengine", "info", "/no/such"], capture_output=True,
+                          text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_a_closed_pipe_is_no_traceback(tmp_path):
+    done = subprocess.run(f"{sys.executable} -m pyengine info {MODEL} | true", shell=True,
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert "Traceback" not in done.stderr

