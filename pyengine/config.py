@@ -71,8 +71,9 @@ class Config:
         """float32 [rotary_dim / 2], as Hugging Face computes it: in float32, never wider.
 
         Source: Qwen3_5MoeTextRotaryEmbedding.compute_default_rope_parameters.  The power is
-        rounded once from float64.  torch's own float32 power may differ from that in the last bit
-        for some (theta, width); never for the 35B-A3B's (1e7, 64).
+        rounded once from float64.  torch has no single answer to hold it against: its float32
+        power gives other last bits on plain, AVX2 and AVX-512 processors, for some (theta, width);
+        all three equal this for the 35B-A3B's (1e7, 64).
         """
         exponent = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
         power = np.power(np.float64(np.float32(self.rope_theta)), exponent.astype(np.float64))

@@ -46,6 +46,16 @@ def select_isa(name: str) -> None:
         raise InputError(f"PYENGINE_ISA: want one of {', '.join(available_isas())}, got {name!r}")
 
 
+def _select_from_environment() -> None:
+    """PYENGINE_ISA=scalar|avx2|avx512vnni|neon|...: a level no higher than that one."""
+    name = os.environ.get("PYENGINE_ISA")
+    if name:
+        select_isa(name)
+
+
+_select_from_environment()
+
+
 def physical_cores() -> int:
     """Processors that this process may use, counting the threads of one core once."""
     try:

@@ -145,8 +145,14 @@ def _top_k(logits, k) -> np.ndarray:
 def _top_p(logits, ids, p) -> np.ndarray:
     if p >= 1:
         return ids
-    order = np.argsort(-logits[ids], kind="stable")
-    cumulative = np.cumsum(_softmax(logits[ids])[order])
+    logits = logits[ids]
+    probabilities = _softmax(logits)
+    for most in (1024, len(ids)):  # sorting a whole vocabulary takes 30 ms, and is seldom needed
+        order = _top_k(logits, most)
+        order = order[np.argsort(-logits[order], kind="stable")]
+        cumulative = np.cumsum(probabilities[order])
+        if cumulative[-1] >= p:
+            break
     count = int(np.searchsorted(cumulative, p, side="left")) + 1  # up to the first sum >= p
     return np.sort(ids[order[:count]])
 

@@ -111,6 +111,13 @@ def test_top_k_takes_lower_ids_of_equal_logits():
     assert kept.tolist() == [0, 1, 4]
 
 
+@pytest.mark.parametrize("scale", [0.01, 5])  # flat: more than the 1024 that are sorted first
+def test_top_p_of_many(scale):
+    logits = np.random.default_rng(7).normal(0, scale, 3000).astype(np.float32).round(2)
+    kept = np.flatnonzero(Sampler(1.0, top_p=0.9).distribution(logits))
+    assert set(kept) == set(expected(logits, 1.0, 0, 0.9, 0))
+
+
 def test_tiny_temperature_is_no_nan():
     got = Sampler(5e-324).distribution(np.array([-30, 30, 29], np.float32))
     assert got.tolist() == [0, 1, 0]
