@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
          "-pthread", "-Wall", "-Wextra"]
 
-SCALAR = ["dispatch", "pool", "matmul", "quantize", "activations", "norm", "rope", "causal_conv1d",
+SCALAR = ["dispatch", "pool", "matmul", "quantize", "quantize_weights", "activations", "norm", "rope", "causal_conv1d",
           "delta_rule", "attention", "router", "experts"]
 
 X86 = {
@@ -51,13 +51,15 @@ def relative(path):
     return f"csrc/{path.name}"
 
 
+HEADERS = [relative(path) for path in sorted(HERE.glob("*.h"))]
+
 LEVELS = {level: flags for level, flags in instruction_sets().items() if sources_of(level)}
 
 libraries = [
     (f"pyengine_{level}",
      {"sources": [relative(p) for p in sources_of(level)],
       "include_dirs": ["csrc"],
-      "obj_deps": {"": ["csrc/pyengine.h", "csrc/kernels.h"]},
+      "obj_deps": {"": HEADERS},
       "cflags": FLAGS + flags})
     for level, flags in LEVELS.items()
 ]
@@ -75,7 +77,7 @@ ffibuilder.set_source(
     "pyengine._core",
     '#include "pyengine.h"',
     sources=[f"csrc/{name}.c" for name in SCALAR],
-    depends=["csrc/pyengine.h", "csrc/kernels.h"],
+    depends=HEADERS,
     include_dirs=["csrc"],
     define_macros=[(f"PE_HAVE_{level.upper()}", "1") for level in LEVELS],
     extra_compile_args=FLAGS,

@@ -5,6 +5,7 @@
 /* The scalar parts, each in the file of its operation. */
 void pe_fill_scalar_matmul(pe_kernels *k);
 void pe_fill_scalar_quantize(pe_kernels *k);
+void pe_fill_scalar_quantize_weights(pe_kernels *k);
 void pe_fill_scalar_activations(pe_kernels *k);
 void pe_fill_scalar_norm(pe_kernels *k);
 void pe_fill_scalar_causal_conv1d(pe_kernels *k);
@@ -15,6 +16,7 @@ void pe_fill_scalar(pe_kernels *k)
 {
     pe_fill_scalar_matmul(k);
     pe_fill_scalar_quantize(k);
+    pe_fill_scalar_quantize_weights(k);
     pe_fill_scalar_activations(k);
     pe_fill_scalar_norm(k);
     pe_fill_scalar_causal_conv1d(k);

@@ -29,6 +29,9 @@ typedef struct pe_kernels {
     /* One group of n <= PE_GROUP columns: q[0, n) and *scale; PE_OK or PE_ERROR_NONFINITE. */
     int32_t (*quantize_group)(const float *x, int64_t n, int16_t *q, float *scale);
 
+    /* One group of weights to codes: rint(x / scale), clipped to [-largest, largest]. */
+    void (*encode_group)(const float *x, int64_t n, double scale, int32_t largest, int8_t *codes);
+
     pe_matmul_kernel *matmul_q8_0;
     pe_matmul_kernel *matmul_int8;
     pe_matmul_kernel *matmul_int4;

@@ -265,6 +265,30 @@ int32_t pe_experts(pe_pool *pool, const pe_experts_weights *w, const pe_activati
                    const int32_t *selected_experts, const float *routing_weights, int64_t top_k,
                    const float *shared_expert_gate, float *y, const pe_experts_trace *trace);
 
+/* ---- quantizing weights ---------------------------------------------------------------------- */
+
+/* How a group's scale is chosen: see pe_quantize_weights. */
+#define PE_SCALE_ABSMAX 0
+#define PE_SCALE_MSE 1
+
+/* Rows [row0, row1) of w (in the caller's order) to symmetric codes, |code| <= largest (127 or 7), in
+ * groups of group_size columns, the last of which may be short.  Row r is stored row row_order[r],
+ * column c is stored column col_order[c]; NULL: the same.  w is F32, F16, BF16 or Q8_0.
+ * codes [row1 - row0, cols] int8; scales [row1 - row0, n_groups] float16.  For a group x:
+ *     amax = max |x|;  amax = 0: s = 0 and every code 0
+ *     s = f16(amax / largest), the quotient in float64; 2^-24 where that is 0; the next float16 up
+ *         where rint(amax / s) > largest, which only a subnormal s can bring about
+ *     code = rint(x / s), the quotient in float64, ties to even
+ * PE_SCALE_MSE starts from that s and takes, of the float16 values from it downward to 3/4 of it (as
+ * 64 evenly spaced candidates f16(s * (256 - i) / 256)), the one whose codes, clipped to
+ * [-largest, largest], have the least sum over the group, ascending, in float64, of
+ * (x - code * s)^2; the greatest such s among equals.
+ * PE_ERROR_NONFINITE: a value is NaN or infinite, or wants a scale beyond float16. */
+int32_t pe_quantize_weights(pe_pool *pool, const pe_matrix *w, int64_t expert,
+                            const int64_t *row_order, const int64_t *col_order, int64_t row0,
+                            int64_t row1, int32_t largest, int64_t group_size, int32_t method,
+                            int8_t *codes, uint16_t *scales);
+
 /* CDEF END */
 
 #endif

@@ -1,9 +1,13 @@
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+GOLDEN = Path(__file__).parent / "golden"
+
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parents[1] / "tools"))
 
 from pyengine import ops  # noqa: E402
 
@@ -15,3 +19,15 @@ def each_isa(request):
     assert ops.active_isa() == request.param
     yield request.param
     ops.select_isa(ops.available_isas()[-1])
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """tests/golden/LOCK.json, parsed; tools/make_golden.py says what it holds."""
+    return json.loads((GOLDEN / "LOCK.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden_path():
+    """golden_path(name) is a file of tests/golden/."""
+    return lambda name: GOLDEN / name

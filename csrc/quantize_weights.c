@@ -1,0 +1,199 @@
+/* quantize_weights.c - see pe_quantize_weights in pyengine.h. */
+#include "kernels.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+/* ---- float16 --------------------------------------------------------------------------------- */
+
+#define F16_INFINITY 0x7c00
+
+/* The nearest float16 to v >= 0, ties to even, as bits; infinity from 65520 on. */
+static uint16_t f16_nearest(double v)
+{
+    if (v >= 65520.0)
+        return F16_INFINITY;
+    /* The unit in the last place: 2^-24 for subnormals, 2^(exponent - 10) above.  v / ulp is below
+     * 2048, so that adding and taking away 2^52 rounds it to an integer. */
+    int exponent = v < 0x1p-14 ? -14 : ilogb(v);
+    double steps = rint(ldexp(v, 10 - exponent));
+    return (uint16_t)(steps + (double)(exponent + 14) * 1024.0);
+}
+
+static double f16_value(uint16_t bits) { return (double)pe_f16_to_float(bits); }
+
+/* ---- one row --------------------------------------------------------------------------------- */
+
+/* Stored row `row` of w as float32 [cols], exact. */
+static void load_row(const pe_matrix *w, int64_t row, float *x)
+{
+    const int64_t cols = w->cols;
+    const char *data = w->data;
+    switch (w->type) {
+    case PE_F32:
+        memcpy(x, data + row * cols * 4, (size_t)cols * 4);
+        return;
+    case PE_F16:
+        for (int64_t c = 0; c < cols; c++)
+            x[c] = pe_f16_to_float(pe_load_u16(data + (row * cols + c) * 2));
+        return;
+    case PE_BF16:
+        for (int64_t c = 0; c < cols; c++)
+            x[c] = pe_bf16_to_float(pe_load_u16(data + (row * cols + c) * 2));
+        return;
+    default:
+        for (int64_t b = 0; b < cols / PE_BLOCK; b++) {
+            const char *block = data + (row * (cols / PE_BLOCK) + b) * (2 + PE_BLOCK);
+            const float scale = pe_f16_to_float(pe_load_u16(block));
+            const int8_t *code = (const int8_t *)block + 2;
+            for (int i = 0; i < PE_BLOCK; i++)
+                x[b * PE_BLOCK + i] = scale * (float)code[i];
+        }
+    }
+}
+
+/* PE_ERROR_NONFINITE if there is a NaN or an infinity: their exponents are all ones. */
+static int32_t greatest_magnitude(const float *x, int64_t n, float *amax)
+{
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t magnitude;
+        memcpy(&magnitude, x + i, sizeof magnitude);
+        magnitude &= 0x7fffffffu;
+        most = magnitude > most ? magnitude : most;
+    }
+    *amax = pe_bits_to_float(most);
+    return most >= 0x7f800000u ? PE_ERROR_NONFINITE : PE_OK;
+}
+
+static uint16_t absmax_scale(float amax, int32_t largest)
+{
+    uint16_t scale = f16_nearest((double)amax / largest);
+    if (scale == 0)
+        scale = 1;
+    if (rint((double)amax / f16_value(scale)) > largest)
+        scale++;
+    return scale;
+}
+
+static double squared_error(const float *x, int64_t n, double scale, int32_t largest)
+{
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; i++) {
+        double code = rint((double)x[i] / scale);
+        code = code > largest ? largest : code < -largest ? -largest : code;
+        double error = (double)x[i] - code * scale;
+        sum += error * error;
+    }
+    return sum;
+}
+
+static uint16_t mse_scale(const float *x, int64_t n, uint16_t absmax, int32_t largest)
+{
+    uint16_t best = absmax;
+    double least = squared_error(x, n, f16_value(absmax), largest);
+    for (int i = 1; i <= 64; i++) {
+        uint16_t scale = f16_nearest(f16_value(absmax) * ((256 - i) / 256.0));
+        if (scale == 0)
+            break;
+        double error = squared_error(x, n, f16_value(scale), largest);
+        if (error < least) {
+            least = error;
+            best = scale;
+        }
+    }
+    return best;
+}
+
+static int32_t quantize_weight_group(const float *x, int64_t n, int32_t largest, int32_t method,
+                                     int8_t *codes, uint16_t *scale)
+{
+    float amax;
+    if (greatest_magnitude(x, n, &amax))
+        return PE_ERROR_NONFINITE;
+    if (amax == 0.0f) {
+        *scale = 0;
+        memset(codes, 0, (size_t)n);
+        return PE_OK;
+    }
+    *scale = absmax_scale(amax, largest);
+    if (*scale >= F16_INFINITY)
+        return PE_ERROR_NONFINITE;
+    if (method == PE_SCALE_MSE)
+        *scale = mse_scale(x, n, *scale, largest);
+    pe_active.encode_group(x, n, f16_value(*scale), largest, codes);
+    return PE_OK;
+}
+
+/* Codes of one group; only a scale of the MSE method clips. */
+static void encode_group(const float *x, int64_t n, double scale, int32_t largest, int8_t *codes)
+{
+    for (int64_t i = 0; i < n; i++) {
+        double code = rint((double)x[i] / scale);
+        codes[i] = (int8_t)(code > largest ? largest : code < -largest ? -largest : code);
+    }
+}
+
+void pe_fill_scalar_quantize_weights(pe_kernels *k) { k->encode_group = encode_group; }
+
+/* ---- the operation --------------------------------------------------------------------------- */
+
+typedef struct {
+    pe_matrix w;
+    const int64_t *row_order, *col_order;
+    int64_t row0, group_size;
+    int32_t largest, method;
+    int8_t *codes;
+    uint16_t *scales;
+} weights_args;
+
+static int32_t quantize_row(const weights_args *q, int64_t i, float *x, float *ordered)
+{
+    const int64_t cols = q->w.cols, groups = (cols + q->group_size - 1) / q->group_size;
+    const int64_t row = q->row0 + i;
+    load_row(&q->w, q->row_order ? q->row_order[row] : row, x);
+    if (q->col_order) {
+        for (int64_t c = 0; c < cols; c++)
+            ordered[c] = x[q->col_order[c]];
+        x = ordered;
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t first = g * q->group_size;
+        int32_t status = quantize_weight_group(
+            x + first, pe_min(q->group_size, cols - first), q->largest, q->method,
+            q->codes + i * cols + first, q->scales + i * groups + g);
+        if (status)
+            return status;
+    }
+    return PE_OK;
+}
+
+static int32_t quantize_rows(void *arg, int64_t begin, int64_t end)
+{
+    const weights_args *q = arg;
+    int32_t status = PE_OK;
+    float *x = malloc((size_t)q->w.cols * 2 * sizeof *x);
+    if (!x)
+        return PE_ERROR_MEMORY;
+    for (int64_t i = begin; i < end && !status; i++)
+        status = quantize_row(q, i, x, x + q->w.cols);
+    free(x);
+    return status;
+}
+
+int32_t pe_quantize_weights(pe_pool *pool, const pe_matrix *w, int64_t expert,
+                            const int64_t *row_order, const int64_t *col_order, int64_t row0,
+                            int64_t row1, int32_t largest, int64_t group_size, int32_t method,
+                            int8_t *codes, uint16_t *scales)
+{
+    int32_t status = pe_matrix_check(w);
+    if (status)
+        return status;
+    if (w->type == PE_INT8 || w->type == PE_INT4 || row0 < 0 || row1 > w->rows || row0 > row1 ||
+        (largest != 127 && largest != 7) || group_size < 1 ||
+        (method != PE_SCALE_ABSMAX && method != PE_SCALE_MSE))
+        return PE_ERROR_ARGUMENT;
+    weights_args q = {pe_matrix_expert(w, expert), row_order, col_order, row0, group_size, largest,
+                      method, codes, scales};
+    return pe_pool_run(pool, quantize_rows, &q, row1 - row0, 8);
+}

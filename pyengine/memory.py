@@ -1,0 +1,156 @@
+"""How much memory a run takes, from the shapes alone: bounds, in bytes.
+
+The weights lie in a mapped file: the system may drop them and read them again.  Everything else is
+the process's own, and what this module bounds.  What Python and NumPy take before a model is loaded
+is not in it (some 40 MB).
+"""
+
+from __future__ import annotations
+
+import math
+
+from . import ops
+from .checkpoint import Checkpoint, model_specs
+from .config import FULL, LINEAR, Config
+
+FLOAT = 4  # bytes
+ALIGNMENT = 64  # of every piece of the experts' scratch
+FIRST_CAPACITY = 256  # positions of a key-value cache that has just begun: see decoder/state.py
+
+
+def footprint(checkpoint: Checkpoint, context: int, chunk: int, threads: int) -> dict[str, int]:
+    """Bytes that one sequence of `context` tokens takes, its prompt computed `chunk` at a time.
+
+    weights_mapped          the file
+    weights_copied          vectors in the form the C core reads, and Q4_0 matrices as Q8_0
+    delta_net_states        of all linear layers; the same at any length
+    key_value_cache         float32, of all full-attention layers, for `context` positions
+    key_value_cache_growth  what doubling may add, the old arrays while they are copied included;
+                            nothing of it when room was reserved
+    activations             a chunk's arrays in Python, as if one layer's all lived at once
+    experts_scratch         what the thread pool keeps for the experts of a chunk
+    attention_scores        one row of scores for each thread
+    total                   all but weights_mapped
+
+    The logits of one token are in activations; all of a prompt's, when asked for, are not.
+    """
+    config = checkpoint.config
+    tokens = min(chunk, context)
+    sizes = {
+        "weights_copied": weights_copied(checkpoint),
+        "delta_net_states": delta_net_states(config),
+        "key_value_cache": key_value_cache(config, context),
+        "key_value_cache_growth": key_value_cache_growth(config, context),
+        "activations": activations(config, tokens),
+        "experts_scratch": experts_scratch(config, tokens),
+        "attention_scores": threads * context * FLOAT,
+    }
+    return {"weights_mapped": checkpoint.file.size, **sizes, "total": sum(sizes.values())}
+
+
+# ---- weights -----------------------------------------------------------------------------------
+
+
+def weights_copied(checkpoint: Checkpoint) -> int:
+    total = checkpoint.config.rotary_dim // 2 * FLOAT
+    for spec in model_specs(checkpoint.config):
+        tensor = checkpoint.tensors[spec.name]
+        if not spec.linear:
+            total += math.prod(spec.shape) * FLOAT
+        elif tensor.type == "Q4_0" and spec.name != "model.embed_tokens.weight":
+            total += tensor.data.nbytes // 18 * 34
+    if checkpoint.config.tie_word_embeddings and checkpoint.tensors["lm_head.weight"].type == "Q4_0":
+        total += checkpoint.tensors["lm_head.weight"].data.nbytes // 18 * 34
+    return total
+
+
+# ---- the state ---------------------------------------------------------------------------------
+
+
+def delta_net_states(c: Config) -> int:
+    conv = (c.linear_conv_kernel_dim - 1) * c.conv_dim
+    recurrent = c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
+    return c.layer_types.count(LINEAR) * (conv + recurrent) * FLOAT
+
+
+def key_value_cache(c: Config, context: int) -> int:
+    return c.layer_types.count(FULL) * 2 * _cache_array(c, max(context, FIRST_CAPACITY))
+
+
+def key_value_cache_growth(c: Config, context: int) -> int:
+    """An array that is full doubles: it ends below twice the context, and its old half, itself at
+    most the context, lives until it is copied."""
+    if context <= FIRST_CAPACITY or FULL not in c.layer_types:
+        return 0
+    return key_value_cache(c, context) + _cache_array(c, context)
+
+
+def _cache_array(c: Config, positions: int) -> int:
+    """Keys, or values, of one layer."""
+    return positions * c.num_key_value_heads * c.head_dim * FLOAT
+
+
+# ---- scratch -----------------------------------------------------------------------------------
+
+
+def activations(c: Config, tokens: int) -> int:
+    """The larger of the two kinds of layer, the embedding rows and one token's logits."""
+    hidden = c.hidden_size
+    embedding = 3 * hidden * FLOAT  # codes and values
+    rope_table = c.rotary_dim * FLOAT
+    residuals = 3 * hidden * FLOAT  # before the layer, between its halves, after it
+    normed = 2 * (hidden * FLOAT + _quantised(hidden))
+    mixers = {LINEAR: _delta_net(c), FULL: _attention(c)}
+    mixer = max(mixers[kind] for kind in set(c.layer_types))
+    logits = (c.vocab_size + hidden) * FLOAT + _quantised(hidden)
+    return tokens * (embedding + rope_table + residuals + normed + mixer + _mlp(c)) + 2 * logits
+
+
+def _quantised(cols: int) -> int:
+    """One token's int16 codes and their scales."""
+    groups = -(-cols // ops.GROUP)
+    return groups * (ops.GROUP * 2 + FLOAT)
+
+
+def _delta_net(c: Config) -> int:
+    """Per token: qkv before and after the convolution; z; b, a, beta, decay; query, key; the rule's
+    output before and after its norm, quantised; out_proj."""
+    floats = (2 * c.conv_dim + c.value_dim + 4 * c.linear_num_value_heads + 2 * c.key_dim
+              + 2 * c.value_dim + c.hidden_size)
+    return floats * FLOAT + _quantised(c.value_dim)
+
+
+def _attention(c: Config) -> int:
+    """Per token: query with gate; query; key before and after its norm, value; the output before
+    and after its gate, quantised; o_proj."""
+    width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    floats = 2 * width + width + 3 * kv_width + 2 * width + c.hidden_size
+    return floats * FLOAT + _quantised(width)
+
+
+def _mlp(c: Config) -> int:
+    """Per token: router logits; routing weights and selected experts; the shared gate; the output."""
+    return (c.num_experts + 2 * c.num_experts_per_tok + 1 + c.hidden_size) * FLOAT
+
+
+def experts_scratch(c: Config, tokens: int) -> int:
+    """The block that pe_experts takes from the pool: lay_out in csrc/experts.c, piece by piece."""
+    slots = tokens * c.num_experts_per_tok
+    job = ops.ffi.sizeof("pe_matrix") + ops.ffi.sizeof("pe_activations") + 16
+    groups = -(-c.hidden_size // ops.GROUP)
+    pieces = [
+        (c.num_experts + 1) * 8, slots * 8, slots * FLOAT, slots * 8, tokens * 8,  # the slot table
+        2 * (c.num_experts + 1) * job,
+        slots * c.hidden_size * FLOAT, slots * groups * ops.GROUP * 2, slots * groups * FLOAT,
+        tokens * FLOAT,
+        *_branch(slots, c.moe_intermediate_size, c.hidden_size),
+        *_branch(tokens, c.shared_expert_intermediate_size, c.hidden_size),
+    ]
+    return sum(-(-piece // ALIGNMENT) * ALIGNMENT for piece in pieces)
+
+
+def _branch(rows: int, ff: int, hidden: int) -> list[int]:
+    """gate, up and h; h quantised; down."""
+    groups = -(-ff // ops.GROUP)
+    return [rows * ff * FLOAT] * 3 + [rows * groups * ops.GROUP * 2, rows * groups * FLOAT,
+                                      rows * hidden * FLOAT]
