@@ -16,12 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from .codes import GROUP, unpack_int4
 from .config import LINEAR, Config, read_hf_config
 from .errors import CheckpointError, InputError
 from .files import gguf as gguf_file
 from .files.safetensors import SafetensorsDirectory
-
-GROUP = 128  # columns that share a scale in an INT8 or INT4 checkpoint
 
 DENSE_TYPES = ("F32", "F16", "BF16")
 BLOCK_TYPES = {"Q8_0": GGMLQuantizationType.Q8_0, "Q4_0": GGMLQuantizationType.Q4_0}
@@ -39,6 +38,7 @@ class Tensor:
     shape    Hugging Face's: [rows, cols], [experts, rows, cols] or a vector's [n]
     data     as stored: floats (BF16 as uint16) [.., cols]; Q8_0 uint8 [.., cols / 32 * 34]; Q4_0
              uint8 [.., cols / 32 * 18]; INT8 int8 [.., cols]; INT4 uint8 [.., cols / 2], low nibble = even column, nibble = code + 8
+             A stack whose experts lie apart in their file is a tuple of matrices.
     scales   INT8, INT4: float16 [.., n_groups, rows]; else None
     row_order, col_order   Hugging Face's row i is stored row row_order[i]; None: the same
     decode   what turns stored values into Hugging Face's (float64 -> float64); None: nothing
@@ -59,6 +59,8 @@ class Tensor:
         data, scales = self.data, self.scales
         if expert is not None:
             data, scales = data[expert], None if scales is None else scales[expert]
+        elif isinstance(data, tuple):
+            data = np.stack(data)
         data = data[..., rows, :] if data.ndim > 1 else data
         return _dequantize(self.type, data, None if scales is None else scales[..., rows])
 
@@ -73,9 +75,15 @@ class Tensor:
             values = self.decode(values)
         return values if expert is not None else values.reshape(self.shape)
 
+    def rows_float32(self, expert, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) in Hugging Face's order, float32 [rows, cols], undecoded."""
+        wanted = slice(start, stop) if self.row_order is None else self.row_order[start:stop]
+        values = self.stored_float32(expert, wanted)
+        return values if self.col_order is None else values[:, self.col_order]
+
     def rows(self, start: int, stop: int, name: str) -> Tensor:
         """Rows [start, stop) of the matrix, or of every matrix of the stack, as a tensor."""
-        return dataclasses.replace(
+        return dataclasses.replace(  # of a fused tensor, which is never a tuple
             self, name=name, shape=(*self.shape[:-2], stop - start, self.shape[-1]),
             data=self.data[..., start:stop, :],
             scales=None if self.scales is None else self.scales[..., start:stop])
@@ -97,12 +105,6 @@ def _dequantize(kind, data, scales):
     return codes * per_column.astype(np.float32)
 
 
-def unpack_int4(packed: np.ndarray) -> np.ndarray:
-    """uint8 [.., cols / 2] -> int8 codes [.., cols]: low nibble = even column, nibble = code + 8."""
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).view(np.int8) - np.int8(8)
-    return codes.reshape(*packed.shape[:-1], -1)
-
-
 # ---- a checkpoint ----------------------------------------------------------------------------
 
 
@@ -120,6 +122,13 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     value_head_order: str  # "tiled" or "grouped"
     file: object  # GGUF or SafetensorsDirectory
+
+    @property
+    def source_files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        if isinstance(self.file, gguf_file.GGUF):
+            return list(self.file.paths)
+        return [file.path for file in self.file.files]
 
     def key_heads(self) -> np.ndarray:
         """int32 [value heads]: the key head of each value head, in the file's order."""
@@ -394,6 +403,10 @@ class _DirectoryTensors:
 
     def read(self, spec: Spec) -> Tensor:
         name = self._name_in_file(spec.name)
+        if len(spec.shape) == 3 and spec.linear:
+            apart = self._expert_by_expert(spec, name)
+            if apart:
+                return apart
         for part in ("gate_proj", "up_proj"):
             if name.endswith(f"mlp.experts.{part}"):
                 return self._expert_part(spec, name, part)
@@ -409,6 +422,19 @@ class _DirectoryTensors:
         if self.prefix and name.startswith("model."):
             return self.prefix + name.removeprefix("model.")
         return name
+
+    def _expert_by_expert(self, spec, name) -> Tensor | None:
+        """`mlp.experts.7.gate_proj.weight` and its like, as checkpoints are often published."""
+        stem, part = name.rsplit(".", 1)
+        names = [f"{stem}.{expert}.{part}.weight" for expert in range(spec.shape[0])]
+        if names[0] not in self.file.tensors:
+            return None
+        data = tuple(self._take(n, spec.shape[1:], DENSE_TYPES) for n in names)
+        kinds = {self.file.tensors[n].dtype for n in names}
+        if len(kinds) > 1:
+            raise CheckpointError(f"{self.file.path}: {names[0]}: want one dtype for all experts, "
+                                  f"got {' and '.join(sorted(kinds))}")
+        return Tensor(spec.name, kinds.pop(), spec.shape, data, file_name=names[0])
 
     def _expert_part(self, spec, name, part):
         ff = self.config.moe_intermediate_size
@@ -462,7 +488,7 @@ def _first_nonfinite(tensor: Tensor, file) -> str | None:
         what = "scale of block" if tensor.type in BLOCK_TYPES else "value at"
         return None if index is None else f"{what} {index}"
     if tensor.scales is None:
-        finite = np.isfinite(_dequantize(tensor.type, tensor.data, None))
+        finite = np.isfinite(tensor.stored_float32())
         return None if finite.all() else f"value at {_first_false(finite)}"
     finite = np.isfinite(tensor.scales)
     if finite.all():

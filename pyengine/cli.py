@@ -50,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyengine {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                      parser_class=_Parser)
-    for add in (_add_info, _add_quantize, _add_logits, _add_trace, _add_verify, _add_generate,
-                _add_demo):
+    for add in (_add_info, _add_quantize, _add_verify_files, _add_logits, _add_trace, _add_verify,
+                _add_generate, _add_demo):
         add(commands)
     return parser
 
@@ -119,9 +119,13 @@ def _add_info(commands):
     parser = _command(commands, "info", _info, "What a model is, and what this machine runs it with.")
     parser.add_argument("model", metavar="MODEL", nargs="?")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--provenance", action="store_true",
+                        help="what a quantized checkpoint was made from")
 
 
 def _info(options):
+    if options.provenance:
+        return _print_provenance(options)
     facts = _machine_facts()
     if options.model:
         facts = _model_facts(options.model) | facts
@@ -130,6 +134,24 @@ def _info(options):
         return
     for key, value in facts.items():
         print(f"{key:<24} {_as_text(value)}")
+
+
+def _print_provenance(options):
+    from . import provenance
+
+    if not options.model:
+        raise InputError("info --provenance: want a checkpoint directory")
+    said = provenance.read(options.model)
+    if options.json:
+        print(json.dumps(said, indent=2))
+        return
+    for file in said["source"]["files"]:
+        print(f"source       {file['name']}, {file['size']:,} bytes, sha256 {file['sha256']}")
+    print(f"types        {_as_text(said['source']['tensor_types'])}")
+    print(f"method       {said['method']}; groups of {said['group_size']}, {said['bits']} bits")
+    print(f"engine       {said['engine']['name']} {said['engine']['version']}, seed {said['seed']}")
+    print(f"twin         {said['twin']['kind']} of {said['twin']['id']}")
+    print(f"tensors      {len(said['tensors'])}")
 
 
 def _as_text(value):
@@ -191,16 +213,45 @@ def _model_facts(path):
 
 
 def _add_quantize(commands):
-    parser = _command(commands, "quantize", _quantize, "A GGUF to a symmetric INT8 checkpoint.")
-    parser.add_argument("source", metavar="SRC.gguf")
-    parser.add_argument("--int8", required=True, metavar="DIR", help="a new directory")
+    parser = _command(commands, "quantize", _quantize, "A GGUF, or a Hugging Face directory, to a "
+                      "symmetric INT8 checkpoint, its INT4 twin, or both in one pass.")
+    parser.add_argument("source", metavar="SRC")
+    parser.add_argument("--int8", metavar="DIR", help="a new directory")
+    parser.add_argument("--int4", metavar="DIR", help="a new directory")
+    parser.add_argument("--group-size", type=_positive, default=128, metavar="N",
+                        help="columns that share a scale (default: 128, which the locked "
+                        "arithmetic needs)")
+    parser.add_argument("--scale", choices=("absmax", "mse"), default="absmax")
+    parser.add_argument("-t", "--threads", type=_positive, metavar="N")
 
 
 def _quantize(options):
     from .quantize import quantize
 
-    quantize(options.source, int8=options.int8)
-    print(f"{options.int8}: written")
+    quantize(options.source, options.int8, options.int4, group_size=options.group_size,
+             scale=options.scale, threads=options.threads)
+    for directory in filter(None, (options.int8, options.int4)):
+        print(f"{directory}: written")
+
+
+def _add_verify_files(commands):
+    parser = _command(commands, "verify-files", _verify_files, "A quantized checkpoint against its "
+                      "provenance: every tensor's sha256; that a twin has the same source; that a "
+                      "source gives these bytes. Exit 0: it does, 1: it does not.")
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("--twin", metavar="DIR2")
+    parser.add_argument("--source", metavar="SRC")
+
+
+def _verify_files(options):
+    from .verify_files import verify_files
+
+    faults = verify_files(options.directory, options.twin, options.source)
+    for fault in faults:
+        print(fault)
+    if not faults:
+        print(f"{options.directory}: every tensor is as its provenance says")
+    return 1 if faults else 0
 
 
 # ---- logits and traces -----------------------------------------------------------------------

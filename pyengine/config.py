@@ -134,15 +134,16 @@ class Config:
 
 def read_hf_config(directory: Path) -> Config:
     """The Config of a checkpoint directory; the end ids of generation_config.json come first."""
-    config = Config.from_hf(_read_json(directory / "config.json"), str(directory / "config.json"))
+    config = Config.from_hf(read_json(directory / "config.json"), str(directory / "config.json"))
     generation = directory / "generation_config.json"
     if generation.exists():
-        ids = _as_ids(_read_json(generation).get("eos_token_id"), str(generation))
+        ids = _as_ids(read_json(generation).get("eos_token_id"), str(generation))
         config = replace(config, eos_token_ids=tuple(dict.fromkeys(ids + config.eos_token_ids)))
     return config
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.  FileFormatError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

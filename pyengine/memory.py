@@ -52,16 +52,10 @@ def footprint(checkpoint: Checkpoint, context: int, chunk: int, threads: int) ->
 
 
 def weights_copied(checkpoint: Checkpoint) -> int:
-    total = checkpoint.config.rotary_dim // 2 * FLOAT
-    for spec in model_specs(checkpoint.config):
-        tensor = checkpoint.tensors[spec.name]
-        if not spec.linear:
-            total += math.prod(spec.shape) * FLOAT
-        elif tensor.type == "Q4_0" and spec.name != "model.embed_tokens.weight":
-            total += tensor.data.nbytes // 18 * 34
-    if checkpoint.config.tie_word_embeddings and checkpoint.tensors["lm_head.weight"].type == "Q4_0":
-        total += checkpoint.tensors["lm_head.weight"].data.nbytes // 18 * 34
-    return total
+    vectors = sum(math.prod(spec.shape) for spec in model_specs(checkpoint.config) if not spec.linear)
+    blocks = sum(tensor.data.nbytes // 18 * 34 for name, tensor in checkpoint.tensors.items()
+                 if tensor.type == "Q4_0" and name != "model.embed_tokens.weight")
+    return (vectors + checkpoint.config.rotary_dim // 2) * FLOAT + blocks
 
 
 # ---- the state ---------------------------------------------------------------------------------

@@ -134,9 +134,8 @@ class Matrix:
     """
 
     def __init__(self, kind: str, cols: int, data: np.ndarray, scales: np.ndarray | None = None):
-        *stack, rows, width = data.shape
-        _want(data.strides[-2:] == (width * data.itemsize, data.itemsize),
-              "matrix: want contiguous rows")
+        *stack, rows, _ = data.shape
+        _want((data[0] if stack else data).flags.c_contiguous, "matrix: want contiguous rows")
         self.kind, self.rows, self.cols = kind, rows, cols
         self.experts = stack[0] if stack else 1
         self.arrays = (data, scales)
@@ -410,3 +409,32 @@ def experts(pool: Pool, weights: Experts, x: Activations, selected_experts, rout
                           selected_experts.shape[1], _in(shared_expert_gate), _out(y), struct),
            f"experts of {x.name}")
     return (y, inside) if trace else y
+
+
+# ---- quantizing weights ----------------------------------------------------------------------
+
+
+def quantize_weights(pool: Pool, matrix: Matrix, row_order, col_order, start: int, stop: int,
+                     largest: int, group_size: int, scale: str):
+    """Rows [start, stop) of a single float or Q8_0 matrix -> codes int8 [rows, cols], scales
+    float16 [rows, n_groups].
+
+    row_order, col_order: int64 or None: row r is stored row row_order[r].  largest: 127 or 7.
+    scale: "absmax" or "mse".  NonFiniteError: a NaN, an infinity, or a scale beyond float16.
+    """
+    _want(0 <= start <= stop <= matrix.rows, "quantize_weights: want rows of the matrix")
+    codes = np.empty((stop - start, matrix.cols), np.int8)
+    scales = np.empty((stop - start, -(-matrix.cols // group_size)), np.float16)
+    method = {"absmax": lib.PE_SCALE_ABSMAX, "mse": lib.PE_SCALE_MSE}[scale]
+    _check(lib.pe_quantize_weights(pool.pointer, matrix.struct, 0, _order(row_order, matrix.rows),
+                                   _order(col_order, matrix.cols), start, stop, largest, group_size,
+                                   method, _out(codes, "int8_t[]"), _out(scales, "uint16_t[]")),
+           "quantize_weights")
+    return codes, scales
+
+
+def _order(order, n):
+    if order is None:
+        return ffi.NULL
+    _want(order.shape == (n,) and order.min() >= 0 and order.max() < n, "order: want a permutation")
+    return _in(order, np.int64, "int64_t[]")

@@ -1,70 +1,36 @@
-"""A checkpoint to its symmetric INT8 twin: groups of 128 columns, one float16 scale each.
+"""A checkpoint to its symmetric INT8 and INT4 twins, in one pass.
 
-The rule, for one group x of n <= 128 values and M = 127:
+The source's rows are dequantised, put into Hugging Face's order and quantised a few at a time, for
+both twins, and each twin's files are written front to back: memory does not grow with the model.
+The rule is `codes.py`'s; the C core computes it.
 
-    amax = max |x|;  amax = 0: s = 0 and every code 0
-    s = the float16 nearest to amax / M, or the smallest positive one where that is 0; the next
-        float16 up if amax / s would round to more than M (only subnormal scales are that coarse)
-    q = x / s rounded to the nearest integer, ties to even
-
-The stored scale divides, nothing clips, and |x - q s| <= s / 2.  amax / M and x / s are computed in
-float64, where no quotient of a float32 comes so near a tie that it would be rounded onto it.
+A directory appears whole or not at all: it is written as DIR.partial and renamed.  A run that was
+killed leaves DIR.partial behind, and the next one with the same source continues after its last
+complete file, to the same bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from . import provenance
-from .checkpoint import GROUP, Checkpoint, Spec, Tensor, model_specs, open_checkpoint
+from . import ops, provenance
+from .checkpoint import Checkpoint, Spec, Tensor, model_specs, open_checkpoint
+from .codes import GROUP, LARGEST, SCALES, pack_int4, to_bfloat16
+from .decoder.linear import as_matrix
 from .errors import CheckpointError, InputError
-from .files.safetensors import SafetensorsWriter
+from .files.safetensors import SafetensorsFile, SafetensorsWriter
 from .progress import progress
 from .tokenizer import export_tokenizer
 
-METHOD = "symmetric, absmax / largest code as float16, nearest code, ties to even"
 SHARD_BYTES = 4 << 30
-PIECE_VALUES = 1 << 22  # float32 values held at a time
-
-_HALF_INFINITY = np.float16(np.inf)
-
-
-# ---- the rule --------------------------------------------------------------------------------
-
-
-def group_scales(x: np.ndarray, largest: int = 127) -> np.ndarray:
-    """x float32 [rows, cols] -> float16 [rows, n_groups].  InputError beyond float16's range."""
-    magnitude = np.abs(x)
-    starts = np.arange(0, x.shape[1], GROUP)
-    amax = np.maximum.reduceat(magnitude, starts, axis=1).astype(np.float64)
-    with np.errstate(over="ignore"):
-        scales = (amax / largest).astype(np.float16)
-    scales = np.where((scales == 0) & (amax > 0), np.float16(2.0**-24), scales)
-    divisor = np.where(scales == 0, np.float16(1), scales).astype(np.float64)
-    clips = np.rint(amax / divisor) > largest
-    scales = np.where(clips, np.nextafter(scales, _HALF_INFINITY), scales)
-    if np.isinf(scales).any():
-        raise InputError(f"a group's largest value {amax.max():g} wants a scale beyond float16's range")
-    return scales
-
-
-def quantize_groups(x: np.ndarray, largest: int = 127) -> tuple[np.ndarray, np.ndarray]:
-    """x float32 [rows, cols], finite -> codes int8 [rows, cols], scales float16 [rows, n_groups]."""
-    scales = group_scales(x, largest)
-    per_column = np.repeat(np.where(scales == 0, np.float16(1), scales), GROUP, axis=1)
-    codes = np.rint(x / per_column[:, : x.shape[1]].astype(np.float64)).astype(np.int8)
-    return codes, scales
-
-
-def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 -> uint16 bits of the nearest bfloat16, ties to even; x finite."""
-    bits = x.view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+PIECE_BYTES = 8 << 20  # codes computed at a time
 
 
 # ---- what is written -------------------------------------------------------------------------
@@ -80,44 +46,41 @@ class Entry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * {"I8": 1, "F16": 2, "BF16": 2, "F32": 4}[self.dtype]
+        size = {"I8": 1, "U8": 1, "F16": 2, "BF16": 2, "F32": 4}[self.dtype]
+        return int(np.prod(self.shape)) * size
 
+
+Unit = tuple[Entry, ...]  # one parameter: its codes and its scales, or one plain tensor
 
 # Too small, or too sensitive, to be worth fewer bits.
 _BF16 = ("embed_tokens.weight", "lm_head.weight", "in_proj_a.weight", "in_proj_b.weight")
 
 
-Unit = tuple[Entry, ...]  # one parameter: its codes and scales, or one plain tensor
-
-
-def plan(checkpoint: Checkpoint) -> list[Unit]:
-    """Every tensor of the INT8 twin, in the order of the file."""
-    return [_unit(spec, checkpoint.tensors) for spec in model_specs(checkpoint.config)
+def plan(checkpoint: Checkpoint, bits: int, group: int = GROUP) -> list[Unit]:
+    """Every tensor of a twin, in the order of the forward pass."""
+    return [_unit(spec, checkpoint.tensors, bits, group) for spec in model_specs(checkpoint.config)
             if not spec.name.endswith("mlp.experts.up_proj")]  # written with gate_proj
 
 
-def _unit(spec: Spec, tensors: dict[str, Tensor]) -> Unit:
+def _unit(spec: Spec, tensors: dict[str, Tensor], bits: int, group: int) -> Unit:
     tensor = tensors[spec.name]
     if not spec.linear or spec.name.endswith("shared_expert_gate.weight"):
         return (Entry(spec.name, "F32", spec.shape, (tensor,)),)
     if spec.name.endswith(_BF16):
         return (Entry(spec.name, "BF16", spec.shape, (tensor,)),)
-    if len(spec.shape) == 2:
-        rows, cols = spec.shape
-        return (Entry(f"{spec.name}_i8", "I8", spec.shape, (tensor,)),
-                Entry(f"{spec.name}_scale_i8", "F16", (_groups(cols), rows), (tensor,)))
-    name, sources = spec.name, (tensor,)
-    if name.endswith("gate_proj"):
+    name, sources, mark = spec.name, (tensor,), f"i{bits}"
+    *stack, rows, cols = spec.shape
+    if stack:
+        mark = f"q{bits}"
+    if name.endswith("experts.gate_proj"):
         name = name.removesuffix("gate_proj") + "gate_up_proj"
         sources = (tensor, tensors[spec.name.removesuffix("gate_proj") + "up_proj"])
-    experts, rows, cols = spec.shape
-    rows *= len(sources)
-    return (Entry(f"{name}_q8", "I8", (experts, rows, cols), sources),
-            Entry(f"{name}_scale_q8", "F16", (experts, _groups(cols), rows), sources))
-
-
-def _groups(cols: int) -> int:
-    return -(-cols // GROUP)
+        rows *= 2
+    width, dtype = (cols, "I8") if bits == 8 else (cols // 2, "U8")
+    if bits == 4 and cols % 2:
+        raise CheckpointError(f"{tensor.file_name}: want an even number of columns, got {cols}")
+    return (Entry(f"{name}_{mark}", dtype, (*stack, rows, width), sources),
+            Entry(f"{name}_scale_{mark}", "F16", (*stack, -(-cols // group), rows), sources))
 
 
 def shards(units: list[Unit], limit: int) -> list[list[Unit]]:
@@ -133,132 +96,318 @@ def shards(units: list[Unit], limit: int) -> list[list[Unit]]:
     return files
 
 
-# ---- one tensor at a time --------------------------------------------------------------------
-
-
-def pieces(tensor: Tensor, expert: int | None):
-    """The values of one matrix, float32 [some rows, cols], in Hugging Face's order, piece by piece.
-
-    Errors: CheckpointError naming tensor, row and group of a NaN or infinity.
-    """
-    rows, cols = tensor.shape[-2:]
-    step = max(1, PIECE_VALUES // cols)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        wanted = slice(start, stop) if tensor.row_order is None else tensor.row_order[start:stop]
-        x = tensor.stored_float32(expert, wanted)
-        if tensor.col_order is not None:
-            x = x[:, tensor.col_order]
-        bad = ~np.isfinite(x)
-        if bad.any():
-            row, col = (int(i) for i in np.argwhere(bad)[0])
-            raise CheckpointError(f"{tensor.file_name}: row {start + row}, group {col // GROUP}: "
-                                  "want finite values, got NaN or infinity")
-        yield x
-
-
-def _write_quantized(writer, codes: Entry, scales: Entry, advance) -> None:
-    experts = range(codes.shape[0]) if len(codes.shape) == 3 else [None]
-    kept = []  # 1/64 of the codes' bytes: the scales wait until the codes are written
-    for expert in experts:
-        of_expert = []
-        for tensor in codes.sources:
-            for x in pieces(tensor, expert):
-                q, s = quantize_groups(x)
-                writer.write(codes.name, q)
-                of_expert.append(s)
-                advance(q.nbytes)
-        kept.append(np.concatenate(of_expert).T)  # [n_groups, rows]
-    for s in kept:
-        writer.write(scales.name, np.ascontiguousarray(s))
-        advance(s.nbytes)
-
-
-def _write_plain(writer, entry: Entry, advance) -> None:
-    (tensor,) = entry.sources
-    if entry.dtype == "BF16":
-        for x in pieces(tensor, None):
-            writer.write(entry.name, to_bfloat16(x))
-            advance(2 * x.size)
-        return
-    values = tensor.float64().astype(np.float32)
-    if not np.isfinite(values).all():
-        raise CheckpointError(f"{tensor.file_name}: want finite values, got NaN or infinity")
-    writer.write(entry.name, values)
-    advance(values.nbytes)
-
-
-def _write_shard(path: Path, units: list[Unit], advance) -> dict[str, str]:
-    """-> {tensor name: sha256 of its bytes}"""
-    entries = [(e.name, e.dtype, e.shape) for unit in units for e in unit]
-    with SafetensorsWriter(path, entries, {"format": "pt"}) as writer:
-        for unit in units:
-            if len(unit) == 2:
-                _write_quantized(writer, *unit, advance)
-            else:
-                _write_plain(writer, *unit, advance)
-    return writer.sha256
-
-
-# ---- the whole -------------------------------------------------------------------------------
-
-
-def quantize(source, int8, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the INT8 checkpoint of a GGUF to the new directory int8, whole or not at all.
-
-    Errors: InputError (the destination exists), FileFormatError or CheckpointError of the source,
-    naming tensor, row and group of a value that is not finite.
-    """
-    destination = Path(int8)
-    if destination.exists():
-        raise InputError(f"{destination}: want a directory that does not exist yet, got one that does")
-    if not destination.absolute().parent.is_dir():
-        raise InputError(f"{destination}: want a directory to write in, got no {destination.parent}")
-    checkpoint = open_checkpoint(source)
-    if checkpoint.kind != "gguf":
-        raise InputError(f"{source}: want a GGUF file, got a directory")
-    partial = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        _write_directory(checkpoint, partial, shard_bytes)
-        partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _write_directory(checkpoint: Checkpoint, directory: Path, shard_bytes: int) -> None:
-    units = plan(checkpoint)
-    files = shards(units, shard_bytes)
-    total = sum(entry.nbytes for unit in units for entry in unit)
-    digests, weight_map = {}, {}
-    with progress(total + checkpoint.file.size, "quantize") as bar:
-        for name, shard in zip(_shard_names(len(files)), files):
-            written = _write_shard(directory / name, shard, bar.update)
-            digests |= written
-            weight_map |= dict.fromkeys(written, name)
-        sources = [provenance.describe_file(path, bar.update) for path in checkpoint.file.paths]
-    if len(files) > 1:
-        _write_json(directory / "model.safetensors.index.json",
-                    {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(directory / "config.json", checkpoint.config.to_hf() | {
-        "quantization_config": {"quant_method": "pyengine", "bits": 8, "group_size": GROUP,
-                                "symmetric": True}})
-    _write_json(directory / "generation_config.json", {
-        "eos_token_id": list(checkpoint.config.eos_token_ids) or None,
-        "pad_token_id": checkpoint.config.pad_token_id, "do_sample": False})
-    if "tokenizer.ggml.model" in checkpoint.file.metadata:
-        export_tokenizer(checkpoint.file, directory)
-    _write_json(directory / provenance.FILE_NAME, provenance.describe(
-        sources, checkpoint.file, METHOD, GROUP, 8, digests))
-
-
-def _shard_names(count: int) -> list[str]:
+def shard_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
+# ---- a twin being written --------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    """What decides the bytes, beside the source."""
+
+    group_size: int = GROUP
+    scale: str = "absmax"
+    shard_bytes: int = SHARD_BYTES
+
+    @property
+    def method(self) -> str:
+        return {"absmax": "symmetric, absmax / largest code as float16, nearest code, ties to even",
+                "mse": "symmetric, float16 scale of least squared error, nearest code, ties to even",
+                }[self.scale]
+
+
+class Twin:
+    """One directory: its files are opened, filled in order and closed as the pass goes on."""
+
+    def __init__(self, checkpoint: Checkpoint, bits: int, directory: Path, options: Options):
+        self.bits, self.largest = bits, LARGEST[bits]
+        self.directory = directory
+        self.partial = directory.with_name(directory.name + ".partial")
+        self.units = plan(checkpoint, bits, options.group_size)
+        self.files = shards(self.units, options.shard_bytes)
+        self.names = shard_names(len(self.files))
+        self.nbytes = sum(entry.nbytes for unit in self.units for entry in unit)
+        self.digests: dict[str, dict[str, str]] = {}  # file: {tensor: sha256}, complete files only
+        self.identity = _identity(checkpoint, bits, options)
+        self.writer: SafetensorsWriter | None = None
+        self._file_of = {unit[0].name: name for name, shard in zip(self.names, self.files)
+                         for unit in shard}
+
+    # -- beginning --
+
+    def prepare(self) -> None:
+        """Make DIR.partial, or take over the complete files of a run that was killed."""
+        log = self.partial / _LOG
+        if log.exists():
+            said = json.loads(log.read_text(encoding="utf-8"))
+            if said.get("identity") == self.identity:
+                self.digests = {name: digests for name, digests in said["files"].items()
+                                if _is_intact(self.partial / name, digests)}
+                return
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir()
+
+    # -- the pass --
+
+    def wants(self, unit: Unit) -> bool:
+        return self._file_of[unit[0].name] not in self.digests
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        self.writer.write(name, array)
+
+    def begin(self, unit: Unit) -> None:
+        """Open the unit's file if it is the first in it."""
+        if self.writer is None:
+            name = self._file_of[unit[0].name]
+            shard = self.files[self.names.index(name)]
+            entries = [(e.name, e.dtype, e.shape) for u in shard for e in u]
+            self.writer = SafetensorsWriter(self.partial / name, entries, {"format": "pt"})
+
+    def end(self, unit: Unit) -> None:
+        """Close the unit's file if it is the last in it, and note it down."""
+        name = self._file_of[unit[0].name]
+        if unit[0].name != self.files[self.names.index(name)][-1][0].name:
+            return
+        self.writer.close()
+        self.digests[name] = self.writer.sha256
+        self.writer = None
+        _write_json(self.partial / _LOG, {"identity": self.identity, "files": self.digests})
+
+    # -- the end --
+
+    def abort(self, keep: bool) -> None:
+        """keep: complete files stay, for a run that continues."""
+        if self.writer is not None:
+            self.writer.abort()
+        if not keep:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def finish(self, checkpoint: Checkpoint, options: Options, sources: list[dict]) -> None:
+        directory, config = self.partial, checkpoint.config
+        weight_map = {tensor: name for name in self.names for tensor in self.digests[name]}
+        if len(self.files) > 1:
+            _write_json(directory / "model.safetensors.index.json",
+                        {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
+        _write_json(directory / "config.json", config.to_hf() | {
+            "quantization_config": {"quant_method": "pyengine", "bits": self.bits,
+                                    "group_size": options.group_size, "symmetric": True}})
+        _write_json(directory / "generation_config.json", {
+            "eos_token_id": list(config.eos_token_ids) or None,
+            "pad_token_id": config.pad_token_id, "do_sample": False})
+        _copy_tokenizer(checkpoint, directory)
+        digests = {tensor: self.digests[name][tensor] for tensor, name in weight_map.items()}
+        _write_json(directory / provenance.FILE_NAME, provenance.describe(
+            sources, checkpoint, options.method, options.group_size, self.bits, digests))
+        (directory / _LOG).unlink(missing_ok=True)
+        directory.rename(self.directory)
+
+
+_LOG = "complete_files.json"
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json",
+                    "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
+    if checkpoint.kind == "directory":
+        for name in _TOKENIZER_FILES:
+            if (checkpoint.path / name).is_file():
+                shutil.copyfile(checkpoint.path / name, directory / name)
+    elif "tokenizer.ggml.model" in checkpoint.file.metadata:
+        export_tokenizer(checkpoint.file, directory)
+
+
+def _identity(checkpoint: Checkpoint, bits: int, options: Options) -> str:
+    """What a run must share with the one that it continues; cheap, and no proof of equal bytes."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
+             for path in checkpoint.source_files]
+    said = [provenance.engine_version(), files, bits, options.group_size, options.scale, options.shard_bytes]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _is_intact(path: Path, digests: dict[str, str]) -> bool:
+    """Whether a file that an earlier run completed still has the bytes it wrote."""
+    if not path.exists():
+        return False
+    tensors = SafetensorsFile.open(path).tensors
+    return set(tensors) == set(digests) and all(
+        hashlib.sha256(tensors[name].data.reshape(-1).view(np.uint8)).hexdigest() == digest
+        for name, digest in digests.items())
+
+
 def _write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".new")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+# ---- the pass --------------------------------------------------------------------------------
+
+
+class Pass:
+    """Reads each parameter once and hands every twin its codes."""
+
+    def __init__(self, pool: ops.Pool, options: Options, advance):
+        self.pool, self.options, self.advance = pool, options, advance
+
+    def run(self, twins: list[Twin]) -> None:
+        for units in zip(*(twin.units for twin in twins)):
+            wanted = [(twin, unit) for twin, unit in zip(twins, units) if twin.wants(unit)]
+            for twin, unit in zip(twins, units):
+                if not twin.wants(unit):
+                    self.advance(sum(entry.nbytes for entry in unit))
+            for twin, unit in wanted:
+                twin.begin(unit)
+            if wanted:
+                self._parameter(wanted)
+            for twin, unit in wanted:
+                twin.end(unit)
+
+    def _parameter(self, wanted) -> None:
+        _, unit = wanted[0]
+        if len(unit) == 1:
+            for values in self._plain_values(unit[0]):
+                for twin, (entry,) in wanted:
+                    twin.write(entry.name, values)
+                    self.advance(values.nbytes)
+            return
+        experts = range(unit[0].shape[0]) if len(unit[0].shape) == 3 else [None]
+        scales = {twin: [] for twin, _ in wanted}
+        for expert in experts:
+            for twin, of_expert in self._expert(wanted, expert).items():
+                scales[twin].append(of_expert)
+        for twin, (_, entry) in wanted:
+            for of_expert in scales[twin]:
+                twin.write(entry.name, of_expert)
+                self.advance(of_expert.nbytes)
+
+    def _expert(self, wanted, expert) -> dict[Twin, np.ndarray]:
+        """Writes the codes of one matrix; -> its scales [n_groups, rows] for each twin."""
+        parts = {twin: [] for twin, _ in wanted}
+        for tensor in wanted[0][1][0].sources:
+            rows, cols = tensor.shape[-2:]
+            step = max(1, PIECE_BYTES // cols)
+            for start in range(0, rows, step):
+                for twin, (codes_entry, _) in wanted:
+                    codes, scales = self._quantize(tensor, expert, start, min(start + step, rows),
+                                                   twin.largest)
+                    if twin.bits == 4:
+                        codes = pack_int4(codes)
+                    twin.write(codes_entry.name, codes)
+                    self.advance(codes.nbytes)
+                    parts[twin].append(scales)
+        return {twin: np.ascontiguousarray(np.concatenate(part).T) for twin, part in parts.items()}
+
+    def _quantize(self, tensor: Tensor, expert, start, stop, largest):
+        try:
+            return ops.quantize_weights(self.pool, as_matrix(tensor, expert), tensor.row_order,
+                                        tensor.col_order, start, stop, largest,
+                                        self.options.group_size, self.options.scale)
+        except ops.NonFiniteError:
+            raise _name_nonfinite(tensor, expert, start, stop, self.options.group_size) from None
+
+    def _plain_values(self, entry: Entry):
+        """The tensor's bytes, piece by piece: bfloat16 as uint16, or float32."""
+        (tensor,) = entry.sources
+        if entry.dtype == "F32":
+            values = tensor.float64().astype(np.float32)
+            _check_finite(values, tensor)
+            yield values
+            return
+        rows, cols = tensor.shape
+        step = max(1, PIECE_BYTES // cols)
+        for start in range(0, rows, step):
+            values = tensor.rows_float32(None, start, min(start + step, rows))
+            _check_finite(values, tensor)
+            yield to_bfloat16(values)
+
+
+def _check_finite(values, tensor):
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{tensor.file_name}: want finite values, got NaN or infinity")
+
+
+def _name_nonfinite(tensor, expert, start, stop, group):
+    x = tensor.rows_float32(expert, start, stop)
+    where = "" if expert is None else f"expert {expert}, "
+    bad = np.argwhere(~np.isfinite(x))
+    if len(bad):
+        row, col = (int(i) for i in bad[0])
+        return CheckpointError(f"{tensor.file_name}: {where}row {start + row}, group {col // group}: "
+                               "want finite values, got NaN or infinity")
+    row, col = (int(i) for i in np.unravel_index(int(np.abs(x).argmax()), x.shape))
+    return CheckpointError(f"{tensor.file_name}: {where}row {start + row}, group {col // group}: "
+                           f"want a scale in float16's range, got the value {x[row, col]:g}")
+
+
+# ---- the whole -------------------------------------------------------------------------------
+
+
+def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: str = "absmax",
+             threads: int | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the INT8 and / or INT4 checkpoint of a GGUF or a Hugging Face directory.
+
+    int8, int4   new directories, written whole or not at all
+    group_size   columns that share a scale; the locked arithmetic runs groups of 128
+    scale        "absmax", or "mse": the float16 scale of least squared error
+    Errors: InputError (an option, a destination that exists), FileFormatError or CheckpointError of
+    the source, naming tensor, row and group of a value that is not finite.
+    """
+    options = _checked_options(group_size, scale, shard_bytes)
+    wanted = [(bits, Path(directory)) for bits, directory in ((8, int8), (4, int4))
+              if directory is not None]
+    _check_destinations([directory for _, directory in wanted])
+    checkpoint = open_source(source)
+    twins = [Twin(checkpoint, bits, directory, options) for bits, directory in wanted]
+    try:
+        for twin in twins:
+            twin.prepare()
+        total = sum(twin.nbytes for twin in twins) + checkpoint.file.size
+        with progress(total, "quantize") as bar:
+            Pass(ops.Pool(threads), options, bar.update).run(twins)
+            sources = [provenance.describe_file(path, bar.update)
+                       for path in checkpoint.source_files]
+        for twin in twins:
+            twin.finish(checkpoint, options, sources)
+    except (KeyboardInterrupt, OSError):  # a disk that is full, a user who will come back
+        for twin in twins:
+            twin.abort(keep=True)
+        raise
+    except BaseException:
+        for twin in twins:
+            twin.abort(keep=False)
+        raise
+
+
+def _checked_options(group_size, scale, shard_bytes) -> Options:
+    if not isinstance(group_size, int) or not 2 <= group_size <= 1 << 20 or group_size % 2:
+        raise InputError(f"group size: want an even number from 2 on, got {group_size!r}")
+    if scale not in SCALES:
+        raise InputError(f"scale: want {' or '.join(SCALES)}, got {scale!r}")
+    return Options(group_size, scale, shard_bytes)
+
+
+def _check_destinations(directories: list[Path]) -> None:
+    if not directories:
+        raise InputError("destination: want --int8 DIR, --int4 DIR or both, got none")
+    if len({directory.absolute() for directory in directories}) < len(directories):
+        raise InputError(f"{directories[0]}: want two directories, got one twice")
+    for directory in directories:
+        if directory.exists():
+            raise InputError(f"{directory}: want a directory that does not exist yet, got one that does")
+        if not directory.absolute().parent.is_dir():
+            raise InputError(f"{directory}: want a directory to write in, got no {directory.parent}")
+
+
+def open_source(source) -> Checkpoint:
+    checkpoint = open_checkpoint(source)
+    for tensor in checkpoint.tensors.values():
+        if tensor.type in ("INT8", "INT4"):
+            raise InputError(f"{source}: want floats or a GGUF, got a checkpoint that is quantised: "
+                             f"{tensor.file_name}")
+    return checkpoint

@@ -47,3 +47,13 @@ def _write_metadata(writer, file, changes):
             value, kind = change
             writer.add_key_value(key, value, kind, *(
                 [GGUFValueType.BOOL] if kind == GGUFValueType.ARRAY else []))
+
+
+def split_gguf(source, stem, parts):
+    """The tensors of a GGUF in several files, as llama.cpp splits them: all metadata in the first."""
+    names = list(GGUF.open(source).tensors)
+    for i, part in enumerate(parts):
+        numbers = {"split.no": (i, GGUFValueType.UINT16), "split.count": (len(parts), GGUFValueType.UINT16),
+                   "split.tensors.count": (len(names), GGUFValueType.INT32)}
+        path = Path(f"{stem}-{i + 1:05}-of-{len(parts):05}.gguf")
+        rewrite(source, path, metadata=numbers, drop=[n for n in names if n not in part])

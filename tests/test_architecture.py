@@ -10,12 +10,14 @@ PACKAGE = Path(__file__).parent.parent / "pyengine"
 # A module may import modules of its own floor or of a lower one.
 FLOORS = [
     {"errors", "progress", "ids", "_core", "models"},
-    {"files"},
-    {"config", "ops", "provenance"},
-    {"checkpoint", "tokenizer"},
+    {"files", "codes"},
+    {"config", "ops"},
+    {"checkpoint", "tokenizer", "provenance"},
     {"decoder"},
     {"reference", "sampling", "trace"},
-    {"model", "quantize", "verify", "generate"},
+    {"model", "quantize", "verify", "generate", "memory"},
+    {"verify_files"},
+    {"bench"},
     {"demo"},
     {"cli"},
     {"__main__", "__init__"},

@@ -5,7 +5,8 @@ import pytest
 from gguf.constants import GGMLQuantizationType as T
 from rewrite import GOLDEN, rewrite
 
-from pyengine.checkpoint import Tensor, open_checkpoint, unpack_int4
+from pyengine.checkpoint import Tensor, open_checkpoint
+from pyengine.codes import unpack_int4
 from pyengine.errors import CheckpointError, InputError
 from pyengine.files.gguf import GGUF
 from pyengine.quantize import quantize

@@ -9,13 +9,16 @@ from gguf.constants import GGMLQuantizationType as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from rewrite import GOLDEN, rewrite
+from rewrite import GOLDEN, rewrite, split_gguf
 
 import pyengine
-from pyengine.checkpoint import GROUP, open_checkpoint
+from pyengine import ops
+from pyengine.checkpoint import Tensor, model_specs, open_checkpoint
+from pyengine.codes import GROUP, quantize_groups, to_bfloat16
 from pyengine.errors import CheckpointError, InputError
 from pyengine.files.gguf import GGUF
-from pyengine.quantize import quantize, quantize_groups, to_bfloat16
+from pyengine.files.safetensors import SafetensorsWriter
+from pyengine.quantize import Pass, Twin, quantize
 
 PLAIN = GOLDEN / "pattern31.gguf"
 
@@ -160,20 +163,222 @@ def test_nonfinite_source_names_tensor_row_and_group_and_leaves_nothing(tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.gguf"]
 
 
-def test_a_crash_leaves_nothing(tmp_path, monkeypatch):
-    def fail(*arguments):
-        raise KeyboardInterrupt
+def tree(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
 
-    monkeypatch.setattr("pyengine.quantize._write_plain", fail)
+
+@pytest.mark.parametrize("after", [1, 20, 40, 60])
+def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, after):
+    options = {"shard_bytes": 40_000, "threads": 1}
+    quantize(PLAIN, tmp_path / "whole8", tmp_path / "whole4", **options)
+    calls, original = [], Pass._parameter
+
+    def fail(self, wanted):
+        calls.append(wanted)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        original(self, wanted)
+
+    monkeypatch.setattr(Pass, "_parameter", fail)
     with pytest.raises(KeyboardInterrupt):
+        quantize(PLAIN, tmp_path / "int8", tmp_path / "int4", **options)
+    assert not (tmp_path / "int8").exists() and not (tmp_path / "int4").exists()
+    before = len(calls)
+    quantize(PLAIN, tmp_path / "int8", tmp_path / "int4", **options)
+    if after > 20:  # complete files were not written again
+        assert len(calls) - before < len(model_specs(open_checkpoint(PLAIN).config)) - 4
+    for bits in (8, 4):
+        assert tree(tmp_path / f"int{bits}") == tree(tmp_path / f"whole{bits}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["int4", "int8", "whole4", "whole8"]
+
+
+def test_a_damaged_file_of_an_interrupted_run_is_written_again(tmp_path, monkeypatch):
+    quantize(PLAIN, tmp_path / "whole", shard_bytes=40_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(Twin, "finish", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(PLAIN, tmp_path / "int8", shard_bytes=40_000)
+    damaged = sorted((tmp_path / "int8.partial").glob("model-*"))[2]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    quantize(PLAIN, tmp_path / "int8", shard_bytes=40_000)
+    assert tree(tmp_path / "int8") == tree(tmp_path / "whole")
+
+
+def _interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    original = SafetensorsWriter.write
+
+    def full(self, name, array):
+        if "layers.1" in name:
+            self.abort()
+            raise OSError(28, "No space left on device", str(self.path))
+        original(self, name, array)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
         quantize(PLAIN, tmp_path / "int8")
+    assert [p.name for p in tmp_path.iterdir()] == ["int8.partial"]
+
+
+def test_a_quantized_directory_is_no_source(tmp_path):
+    quantize(PLAIN, tmp_path / "int8")
+    with pytest.raises(InputError, match="got a checkpoint that is quantised"):
+        quantize(tmp_path / "int8", tmp_path / "again")
+
+
+@pytest.mark.parametrize("options, message", [
+    ({}, "want --int8 DIR, --int4 DIR or both"),
+    ({"int8": "x", "group_size": 33}, "group size: want an even number"),
+    ({"int8": "x", "scale": "best"}, "scale: want absmax or mse, got 'best'"),
+    ({"int8": "x", "int4": "x"}, "want two directories, got one twice"),
+])
+def test_options_are_checked(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        quantize(PLAIN, **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_directory_is_no_source(tmp_path):
-    quantize(PLAIN, tmp_path / "int8")
-    with pytest.raises(InputError, match="want a GGUF file"):
-        quantize(tmp_path / "int8", tmp_path / "again")
+# ---- the C core against the definition -------------------------------------------------------
+
+
+@given(groups, st.sampled_from([127, 7]), st.sampled_from(["absmax", "mse"]),
+       st.sampled_from([128, 32, 10]))
+@settings(deadline=None, derandomize=True, max_examples=300)
+def test_the_c_core_gives_the_definitions_bits(x, largest, scale, group):
+    expected_codes, expected_scales = quantize_groups(x, largest, group, scale)
+    for isa in ops.available_isas():
+        ops.select_isa(isa)
+        codes, scales = ops.quantize_weights(POOL, ops.Matrix("F32", x.shape[1], x), None, None, 0,
+                                             len(x), largest, group, scale)
+        assert np.array_equal(scales.view(np.uint16), expected_scales.view(np.uint16))
+        assert np.array_equal(codes, expected_codes)
+
+
+POOL = ops.Pool(2)
+
+
+def test_every_float16_scale_comes_out_of_its_own_maximum():
+    scales = np.arange(0x0400, 0x7C00, dtype=np.uint16).view(np.float16)
+    x = (scales.astype(np.float32) * np.float32(127))[:, None]
+    codes, again = ops.quantize_weights(POOL, ops.Matrix("F32", 1, x), None, None, 0, len(x), 127, 128,
+                                        "absmax")
+    assert np.array_equal(again[:, 0], scales) and (codes == 127).all()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_every_source_type(kind):
+    rng = np.random.default_rng(1729)
+    x = rng.normal(size=(20, 300)).astype(np.float32)
+    data = {"F32": x, "F16": x.astype(np.float16), "BF16": to_bfloat16(x)}[kind]
+    exact = Tensor("x", kind, x.shape, data).stored_float32()
+    rows, cols = rng.permutation(20), rng.permutation(300)
+    codes, scales = ops.quantize_weights(POOL, ops.Matrix(kind, 300, data), rows, cols, 3, 17, 127, 128,
+                                         "absmax")
+    expected = quantize_groups(exact[rows][:, cols][3:17])
+    assert np.array_equal(codes, expected[0]) and np.array_equal(scales, expected[1])
+
+
+def test_mse_is_never_worse_and_often_better():
+    x = np.random.default_rng(1729).normal(size=(64, 512)).astype(np.float32)
+    for largest in (127, 7):
+        errors = []
+        for scale in ("absmax", "mse"):
+            codes, scales = quantize_groups(x, largest, scale=scale)
+            errors.append(((x - dequantized(codes, scales)[0]) ** 2).reshape(64, -1, 128).sum(-1))
+        assert (errors[1] <= errors[0] + 1e-12).all() and errors[1].sum() < errors[0].sum()
+
+
+# ---- INT4, and other sources -----------------------------------------------------------------
+
+
+def test_both_twins_of_one_pass_equal_those_of_two(tmp_path):
+    quantize(PLAIN, tmp_path / "a8", tmp_path / "a4")
+    quantize(PLAIN, tmp_path / "b8")
+    quantize(PLAIN, int4=tmp_path / "b4")
+    for bits in "84":
+        assert tree(tmp_path / f"a{bits}") == tree(tmp_path / f"b{bits}")
+    ids = [json.loads((tmp_path / d / "noesis_provenance.json").read_text())["twin"]["id"]
+           for d in ("a8", "a4")]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("name", ["pattern31", "nextn", "fused", "tied", "bfloat16"])
+def test_int4_codes_and_both_arithmetics(tmp_path, name):
+    source = GOLDEN / f"{name}.gguf"
+    quantize(source, int4=tmp_path / "int4")
+    before, after = open_checkpoint(source).tensors, open_checkpoint(tmp_path / "int4").tensors
+    kinds = set()
+    for key, tensor in after.items():
+        kinds.add(tensor.type)
+        if tensor.type == "INT4":
+            x = before[key].float64().astype(np.float32).reshape(-1, tensor.shape[-1])
+            values, _ = dequantized(*quantize_groups(x, 7))
+            assert np.array_equal(tensor.float64().reshape(x.shape), values), key
+    assert kinds == {"INT4", "BF16", "F32"}
+    ids = np.random.default_rng(1729).integers(0, 100, 12)
+    locked, float64 = (pyengine.load(tmp_path / "int4", a).forward(ids) for a in ("locked", "float64"))
+    assert np.abs(locked - float64).max() < 0.01
+
+
+def hf_directory(directory, source, prefix="model.", apart=False):
+    """A float checkpoint in Hugging Face's layout with the source's exact values."""
+    checkpoint = open_checkpoint(source)
+    directory.mkdir()
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        values = tensor.float64().astype(np.float32)
+        if name.endswith("experts.up_proj"):
+            continue
+        if name.endswith("experts.gate_proj") and not apart:
+            up = checkpoint.tensors[name.replace("gate_proj", "up_proj")].float64()
+            name = name.replace("gate_proj", "gate_up_proj")
+            values = np.concatenate([values, up.astype(np.float32)], axis=1)
+        if apart and ".mlp.experts." in name:
+            stem = name.rsplit(".", 1)[0]
+            for part in ["gate_proj", "up_proj"] if "gate_proj" in name else ["down_proj"]:
+                stack = checkpoint.tensors[f"{stem}.{part}"].float64().astype(np.float32)
+                tensors |= {f"{stem}.{i}.{part}.weight": m for i, m in enumerate(stack)}
+            continue
+        tensors[name] = values
+    tensors = {n.replace("model.", prefix, 1) if n.startswith("model.") else n: v
+               for n, v in tensors.items()}
+    with SafetensorsWriter(directory / "model.safetensors",
+                           [(n, "F32", v.shape) for n, v in tensors.items()]) as writer:
+        for name, values in tensors.items():
+            writer.write(name, values)
+    (directory / "config.json").write_text(json.dumps(checkpoint.config.to_hf()))
+    return directory
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_hugging_face_directory_gives_the_same_codes(tmp_path, prefix, apart):
+    hf = hf_directory(tmp_path / "hf", PLAIN, prefix, apart)
+    quantize(PLAIN, tmp_path / "a8", tmp_path / "a4")
+    quantize(hf, tmp_path / "b8", tmp_path / "b4")
+    for bits in "84":
+        a, b = (open_checkpoint(tmp_path / f"{d}{bits}").file.tensors for d in "ab")
+        assert list(a) == list(b)
+        for name in a:
+            assert np.array_equal(a[name].data, b[name].data), name
+    ids = [1, 2, 3]
+    assert np.array_equal(pyengine.load(hf).forward(ids).shape, (3, 288))
+
+
+def test_a_split_source_gives_the_same_tensors(tmp_path):
+    whole, parts = open_checkpoint(PLAIN), tmp_path / "m-00001-of-00002.gguf"
+    names = list(whole.file.tensors)
+    split_gguf(PLAIN, tmp_path / "m", [names[: len(names) // 2], names[len(names) // 2:]])
+    quantize(PLAIN, tmp_path / "a")
+    quantize(parts, tmp_path / "b")
+    a, b = (open_checkpoint(tmp_path / d).file.tensors for d in "ab")
+    assert all(np.array_equal(a[n].data, b[n].data) for n in a) and list(a) == list(b)
 
 
 def test_the_int8_model_runs_in_both_arithmetics(tmp_path):

@@ -9,14 +9,20 @@ from ..checkpoint import Tensor
 from ..files.gguf import codes_q4_0
 
 
-def as_matrix(tensor: Tensor) -> ops.Matrix:
-    """The tensor as the C core reads it: mapped, in the file's order.
+def as_matrix(tensor: Tensor, expert: int | None = None) -> ops.Matrix:
+    """The tensor, or one expert of it, as the C core reads it: mapped, in the file's order.
 
-    Only Q4_0 is copied: its codes fit Q8_0's blocks, and so its arithmetic is Q8_0's.
+    Copied are only Q4_0, whose codes fit Q8_0's blocks, so that its arithmetic is Q8_0's, and
+    experts that lie apart in their file, when all of them are wanted.
     """
-    if tensor.type == "Q4_0":
-        return ops.Matrix("Q8_0", tensor.shape[-1], _q4_0_as_q8_0(tensor.data))
-    return ops.Matrix(tensor.type, tensor.shape[-1], tensor.data, tensor.scales)
+    data, scales, kind = tensor.data, tensor.scales, tensor.type
+    if expert is not None:
+        data, scales = data[expert], None if scales is None else scales[expert]
+    elif isinstance(data, tuple):
+        data = np.stack(data)
+    if kind == "Q4_0":
+        data, kind = _q4_0_as_q8_0(data), "Q8_0"
+    return ops.Matrix(kind, tensor.shape[-1], data, scales)
 
 
 def _q4_0_as_q8_0(data: np.ndarray) -> np.ndarray:

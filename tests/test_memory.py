@@ -1,0 +1,94 @@
+"""memory: the printed bounds against what a run really takes."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rewrite import GOLDEN
+
+import pyengine
+from pyengine import memory
+from pyengine.checkpoint import open_checkpoint
+
+MODELS = sorted(GOLDEN.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("context, chunk", [(1, 512), (40, 16), (300, 64)])
+def test_state_and_scratch(path, context, chunk):
+    model = pyengine.load(path, threads=2)
+    sizes = memory.footprint(model.checkpoint, context, chunk, 2)
+    assert sizes["total"] == sum(sizes.values()) - sizes["total"] - sizes["weights_mapped"]
+    state, reserved = model.new_state(), model.new_state()
+    for layer in reserved.layers:
+        if hasattr(layer, "reserve"):
+            layer.reserve(context)
+    assert reserved.nbytes == sizes["delta_net_states"] + sizes["key_value_cache"]
+
+    ids = np.arange(context) % model.config.vocab_size
+    model.forward(ids, state, chunk=chunk, last_only=True)
+    model.forward(ids, reserved, chunk=chunk, last_only=True)
+    assert reserved.nbytes == sizes["delta_net_states"] + sizes["key_value_cache"]
+    assert reserved.nbytes <= state.nbytes <= reserved.nbytes + sizes["key_value_cache_growth"]
+    assert model.pool.scratch_bytes == sizes["experts_scratch"]
+
+
+def test_growth_token_by_token_stays_below_the_bound():
+    model = pyengine.load(GOLDEN / "pattern31.gguf", threads=1)
+    state = model.new_state()
+    for position in range(1, 600):
+        model.forward([1], state, last_only=True)
+        sizes = memory.footprint(model.checkpoint, position, 1, 1)
+        assert state.nbytes <= (sizes["delta_net_states"] + sizes["key_value_cache"]
+                                + sizes["key_value_cache_growth"])
+
+
+def test_the_35b():
+    """By hand, at its own sizes: what a server of 32,768 tokens has to set aside."""
+    from dataclasses import replace
+
+    config = open_checkpoint(GOLDEN / "pattern31.gguf").config
+    config = replace(
+        config, layer_types=config.layer_types * 10, num_key_value_heads=2, head_dim=256,
+        linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+        linear_value_head_dim=128)
+    assert memory.delta_net_states(config) == 30 * (3 * 8192 + 32 * 128 * 128) * 4
+    assert memory.key_value_cache(config, 32_768) == 10 * 2 * 32_768 * 512 * 4
+
+
+CHILD = """
+import sys, threading
+import numpy as np
+import pyengine
+from pyengine.memory import footprint
+
+def anonymous():
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+path, context, chunk = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+before, peak, done = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.0005):
+        peak = max(peak, anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = pyengine.load(path, threads=2, check=False)
+model.forward(np.arange(context) % 100, chunk=chunk, last_only=True)
+done.set()
+watcher.join()
+print(max(peak, anonymous()) - before, footprint(model.checkpoint, context, chunk, 2)["total"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("context, chunk", [(1024, 1024), (1024, 512)])
+def test_a_process_stays_below_the_bound(context, chunk):
+    done = subprocess.run([sys.executable, "-c", CHILD, GOLDEN / "pattern31.gguf", str(context),
+                           str(chunk)], capture_output=True, text=True, check=True)
+    took, bound = map(int, done.stdout.split())
+    assert bound / 4 < took <= bound  # a bound that is far away says nothing
