@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
          "-pthread", "-Wall", "-Wextra"]
 
-SCALAR = ["dispatch", "pool", "matmul", "quantize", "quantize_weights", "activations", "norm", "rope", "causal_conv1d",
-          "delta_rule", "attention", "router", "experts"]
+SCALAR = ["dispatch", "pool", "matmul", "quantize", "quantize_weights", "activations", "norm", "rope",
+          "causal_conv1d", "delta_rule", "attention", "router", "experts"]
 
 X86 = {
     "avx2": ["-mavx2", "-mf16c", "-mfma"],

@@ -11,8 +11,8 @@ import warnings
 import numpy as np
 import pytest
 from make_golden import (LONGEST, MOST_EXCEPTIONS, RUNS, SHORT, GoldenError, across_boundaries,
-                         digest, exceptions, file_digest, pieces, prompt, rounded, run_model, trace_file,
-                         trace_of, ulps)
+                         digest, exceptions, file_digest, pieces, prompt, rounded, run_model,
+                         trace_file, trace_of, ulps)
 
 import pyengine
 from pyengine import ops
@@ -243,8 +243,8 @@ def test_a_norm_scaled_by_its_weight_alone(planted, checkpoints, arithmetic):
     plain = dataclasses.replace(checkpoint.tensors[name], decode=lambda stored: stored - 2.0)
     checkpoint.tensors[name] = plain  # 1 + what it decodes to is the weight
     difference = fault_in(planted, build(checkpoint, arithmetic), "pattern31", arithmetic)
-    assert difference.startswith("model.layers.1.input_layernorm: 384 of 384 values differ, largest "
-                                 "distance ")
+    assert difference.startswith("model.layers.1.input_layernorm: 384 of 384 values differ, "
+                                 "largest distance ")
     assert " ulp; first at [0, 0]: want " in difference
 
 

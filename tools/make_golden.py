@@ -1,7 +1,7 @@
-"""Make `tests/golden/`, or check it: what pyengine must compute, said by programs that do not know it.
+"""Make `tests/golden/`, or check it: what pyengine must compute, said by programs that know it not.
 
     python tools/make_golden.py            # writes tests/golden/
-    python tools/make_golden.py --check    # makes it again elsewhere; exit 1 naming the first difference
+    python tools/make_golden.py --check    # makes it again elsewhere; exit 1 at the first difference
 
 Every golden model (`golden_models.py`) is run over the same prompts in three ways:
 
@@ -86,13 +86,13 @@ def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def boundary_distance(exact, a, b, row_max):
-    """How far exact is from the middle between its float32 neighbours a and b, relative to row_max."""
+    """How far exact is from the middle of its float32 neighbours a and b, relative to row_max."""
     return np.abs(exact - (np.float64(a) + np.float64(b)) / 2) / row_max
 
 
 def exceptions(exact: np.ndarray, wanted: np.ndarray, got: np.ndarray) -> list[dict]:
-    """Where float32 `wanted` and `got`, both roundings of `exact` [T, n], differ: index, distance to
-    the boundary between them, wanted value.  GoldenError: they differ off a boundary."""
+    """Where float32 `wanted` and `got`, both roundings of `exact` [T, n], differ: index, distance
+    to the boundary between them, wanted value.  GoldenError: they differ off a boundary."""
     if exact.dtype == np.int64:
         different = np.argwhere(wanted != got)
         limit = -1.0
@@ -149,8 +149,8 @@ def pieces(run: str) -> list[int]:
 
 
 def draw_prompts(vocab_sizes: dict[str, int]) -> dict[str, dict[str, str]]:
-    """{model: {length: ids between blanks}}.  From one generator: model by model in the order given,
-    length by length in the order of RUNS, uniform over the vocabulary."""
+    """{model: {length: ids between blanks}}.  From one generator: model by model in the order
+    given, length by length in the order of RUNS, uniform over the vocabulary."""
     generator = np.random.default_rng(SEED)
     lengths = [run for run in RUNS if "+" not in run]
     return {model: {length: " ".join(map(str, generator.integers(0, vocab, int(length))))
@@ -264,8 +264,9 @@ def take_side(golden, exact, wanted, where) -> None:
         if digest(golden[name]) != wanted[name]:
             other = across_boundaries(exact[name], wanted[name])
             if other is not None:
-                print(f"warning: {where} {name}: {np.count_nonzero(other != golden[name])} values on "
-                      "a rounding boundary are rounded the other way on this machine", file=sys.stderr)
+                count = np.count_nonzero(other != golden[name])
+                print(f"warning: {where} {name}: {count} values on a rounding boundary are rounded "
+                      "the other way on this machine", file=sys.stderr)
                 golden[name] = other
 
 
@@ -292,7 +293,7 @@ def make_int8(gguf: Path, directory: Path) -> bool:
 
 
 def keep(folder: Path, lock: dict, model: str, arithmetic: str, run: str, trace: Trace) -> None:
-    """A trace's digests into the lock; the short run's trace and the longest one's logits to files."""
+    """A trace's digests into the lock; the short run's trace, the longest one's logits to files."""
     for name, array in trace.tensors.items():
         if not np.isfinite(array).all():
             raise GoldenError(f"{model} {arithmetic} {run} {name}: NaN or infinity")
@@ -346,8 +347,8 @@ def check(golden: Path) -> dict:
                   file=sys.stderr)
     odd = distinct(lock["boundary"]) ^ distinct(committed["boundary"])
     if odd:
-        print(f"warning: boundary: not both in the lock and on this machine: {sorted(odd, key=str)}",
-              file=sys.stderr)
+        print("warning: boundary: not both in the lock and on this machine: "
+              f"{sorted(odd, key=str)}", file=sys.stderr)
     compare(inputs(committed), inputs(lock), "files")  # first: the cause of all that follows
     compare(committed, lock)
     for name, wanted in committed["files"].items():

@@ -1,0 +1,93 @@
+/* attention_x86.h - scores eight positions at a time, the mix a band of columns at a time.
+ *
+ * Scores: the sixteen sums of a dot16 are one f32x16.  Four positions share the loads of the query
+ * and give enough independent chains; two fours end in one tree, eight positions across.
+ * Mix: a band's sums stay in registers while the positions go by.
+ */
+#include "simd_x86.h"
+
+/* Registers of sixteen columns in a band of the mix. */
+#ifdef __AVX512F__
+#define BAND 16
+#else
+#define BAND 4
+#endif
+
+/* Steps C, D and the last of dot16's tree for eight B, whose results land in the order given. */
+PE_INLINE __m256 trees(const __m256 b[8])
+{
+    __m256 c[4], d[2];
+    for (int i = 0; i < 4; i++) /* four lanes of b[i], then four of b[i+4] */
+        c[i] = _mm256_add_ps(_mm256_permute2f128_ps(b[i], b[i + 4], 0x20),
+                             _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+    for (int i = 0; i < 2; i++) { /* two of each of 2i, 2i+1; then of 2i+4, 2i+5 */
+        __m256d even = _mm256_castps_pd(c[2 * i]), odd = _mm256_castps_pd(c[2 * i + 1]);
+        d[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(even, odd)),
+                             _mm256_castpd_ps(_mm256_unpackhi_pd(even, odd)));
+    }
+    return _mm256_add_ps(_mm256_shuffle_ps(d[0], d[1], 0x88), _mm256_shuffle_ps(d[0], d[1], 0xdd));
+}
+
+/* The sixteen sums of four positions, each folded to eight. */
+PE_INLINE void dots4(const float *query, const float *const key[4], int64_t n, __m256 b[4])
+{
+    f32x16 sum[4];
+    for (int p = 0; p < 4; p++)
+        sum[p] = f32x16_zero();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const f32x16 q = f32x16_load(query + i, 16);
+        for (int p = 0; p < 4; p++)
+            sum[p] = f32x16_add(sum[p], f32x16_mul(q, f32x16_load(key[p] + i, 16)));
+    }
+    if (i < n) { /* the lanes beyond add +0 to sums that began at +0, hence are never -0 */
+        const f32x16 q = f32x16_load(query + i, n - i);
+        for (int p = 0; p < 4; p++)
+            sum[p] = f32x16_add(sum[p], f32x16_mul(q, f32x16_load(key[p] + i, n - i)));
+    }
+    for (int p = 0; p < 4; p++)
+        b[p] = f32x16_fold(sum[p]);
+}
+
+static void attention_scores(const float *query, const float *key, int64_t ld, int64_t count,
+                             int64_t n, float scale, float *score)
+{
+    for (int64_t p = 0; p < count; p += 8) {
+        const float *row[8]; /* past the end, the last position again */
+        __m256 b[8];
+        for (int k = 0; k < 8; k++)
+            row[k] = key + pe_min(p + k, count - 1) * ld;
+        dots4(query, row, n, b);
+        dots4(query, row + 4, n, b + 4);
+        store8_part(score + p, _mm256_mul_ps(trees(b), _mm256_set1_ps(scale)), pe_min(8, count - p));
+    }
+}
+
+/* Columns [j, j + 16 * (vectors - 1) + last). */
+PE_INLINE void mix_band(const float *e, const float *value, int64_t ld, int64_t count, float *out,
+                        int64_t j, int vectors, int64_t last)
+{
+    f32x16 sum[BAND];
+    for (int v = 0; v < vectors; v++)
+        sum[v] = f32x16_all(NOTHING);
+    for (int64_t p = 0; p < count; p++) {
+        const float *row = value + p * ld + j;
+        const f32x16 weight = f32x16_all(e[p]);
+        for (int v = 0; v < vectors; v++) {
+            f32x16 x = f32x16_load(row + 16 * v, v < vectors - 1 ? 16 : last);
+            sum[v] = f32x16_add(sum[v], f32x16_mul(weight, x));
+        }
+    }
+    for (int v = 0; v < vectors; v++)
+        f32x16_store(out + j + 16 * v, sum[v], v < vectors - 1 ? 16 : last);
+}
+
+static void attention_mix(const float *e, const float *value, int64_t ld, int64_t count, int64_t n,
+                          float *out)
+{
+    int64_t j = 0;
+    for (; j + 16 * BAND <= n; j += 16 * BAND)
+        mix_band(e, value, ld, count, out, j, BAND, 16);
+    for (; j < n; j += 16)
+        mix_band(e, value, ld, count, out, j, 1, pe_min(16, n - j));
+}
