@@ -1,7 +1,6 @@
 /* attention.c - scalar, normative: see pe_attention in pyengine.h. */
 #include "kernels.h"
 
-#include <math.h>
 #include <stdlib.h>
 
 static void attention_scores(const float *query, const float *key, int64_t ld, int64_t count,
@@ -46,6 +45,8 @@ static int32_t attend(const attention_args *a, int64_t t, int64_t h, float *scor
     const int64_t kv = h / (a->heads / a->kv_heads) * a->n, count = a->start + t + 1;
     float *out = a->out + at;
     pe_active.attention_scores(a->query + at, a->key_cache + kv, ld, count, a->n, a->scale, score);
+    if (!pe_all_finite(score, count))
+        return PE_ERROR_NONFINITE;
     float m = score[0];
     for (int64_t p = 1; p < count; p++)
         m = score[p] > m ? score[p] : m;
@@ -53,8 +54,6 @@ static int32_t attend(const attention_args *a, int64_t t, int64_t h, float *scor
         score[p] -= m;
     pe_active.exp(score, count, score);
     float total = (float)pe_active.sum(score, count);
-    if (!isfinite(total)) /* a NaN anywhere in the scores ends up here, and so does inf - inf */
-        return PE_ERROR_NONFINITE;
     pe_active.attention_mix(score, a->value_cache + kv, ld, count, a->n, out);
     for (int64_t j = 0; j < a->n; j++)
         out[j] /= total;

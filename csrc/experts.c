@@ -179,8 +179,10 @@ static int32_t activate(pe_pool *pool, const branch *b, const pe_matrix *down, p
 {
     *h = (pe_activations){b->rows, b->ff, b->h, b->q, b->scales};
     int32_t status = pe_silu_mul(pool, b->gate, b->up, b->rows * b->ff, b->h);
-    if (status || pe_is_dense(down->type))
+    if (status)
         return status;
+    if (pe_is_dense(down->type))
+        return pe_all_finite(b->h, b->rows * b->ff) ? PE_OK : PE_ERROR_NONFINITE;
     return pe_quantize_activations(pool, b->h, b->rows, b->ff, b->q, b->scales);
 }
 
@@ -237,10 +239,17 @@ static void copy_trace(const experts_run *r)
 
 /* ---- the operation --------------------------------------------------------------------------- */
 
+static int has_form_for(const pe_activations *a, const pe_matrix *w)
+{
+    return pe_is_dense(w->type) ? a->x != NULL : a->q != NULL && a->scales != NULL;
+}
+
 /* The shapes fit together; the types of gate and up may differ from down's, not from each other. */
 static int32_t check(const pe_experts_weights *w, const pe_activations *a, int64_t top_k)
 {
-    int ok = w->num_experts >= 1 && a->tokens >= 0 && top_k >= 1 && w->gate.cols == a->cols &&
+    int ok = has_form_for(a, &w->gate) && has_form_for(a, &w->shared_gate) &&
+             has_form_for(a, &w->shared_up) && w->num_experts >= 1 && a->tokens >= 0 &&
+             top_k >= 1 && w->gate.cols == a->cols &&
              w->up.rows == w->gate.rows && w->up.cols == a->cols && w->up.type == w->gate.type &&
              w->down.rows == a->cols && w->down.cols == w->gate.rows &&
              w->shared_gate.cols == a->cols && w->shared_up.cols == a->cols &&

@@ -81,6 +81,9 @@ void pe_fill_neon_dotprod(pe_kernels *k);
 typedef int32_t pe_task(void *arg, int64_t begin, int64_t end);
 int32_t pe_pool_run(pe_pool *pool, pe_task *task, void *arg, int64_t items, int64_t grain);
 
+/* The same on the calling thread alone, in the floating-point environment of IEEE 754. */
+int32_t pe_run_alone(pe_task *task, void *arg, int64_t items);
+
 /* 64-byte aligned memory of the pool's, at least bytes long, until the next call; NULL if there is
  * none.  It grows and stays, so that a step of the model does not pay for fresh pages. */
 void *pe_pool_scratch(pe_pool *pool, size_t bytes);
@@ -153,6 +156,15 @@ static inline float pe_f16_to_float(uint16_t h)
     if (exponent == 31)
         return pe_bits_to_float(sign | 0x7f800000u | (mantissa << 13));
     return pe_bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+/* Exponents of all ones are NaN and infinity; without a branch, so that it vectorises. */
+static inline int pe_all_finite(const float *x, int64_t n)
+{
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < n; i++)
+        bad |= (pe_float_to_bits(x[i]) & 0x7f800000u) == 0x7f800000u;
+    return !bad;
 }
 
 static inline uint16_t pe_load_u16(const void *p)

@@ -146,7 +146,7 @@ static void wait_for_helpers(pe_pool *pool)
     }
 }
 
-static int32_t run_alone(pe_task *task, void *arg, int64_t items)
+int32_t pe_run_alone(pe_task *task, void *arg, int64_t items)
 {
     fp_state old = fp_enter();
     int32_t status = task(arg, 0, items);
@@ -159,7 +159,7 @@ int32_t pe_pool_run(pe_pool *pool, pe_task *task, void *arg, int64_t items, int6
     if (items <= 0)
         return PE_OK;
     if (pool->n == 1 || items <= grain || pool->owner != getpid())
-        return run_alone(task, arg, items);
+        return pe_run_alone(task, arg, items);
     int64_t part = items / (pool->n * PARTS_PER_THREAD) / grain * grain;
     pool->part = part > grain ? part : grain;
     pool->task = task;

@@ -6,6 +6,7 @@
 #define PI_2_HI 0x1.921fb54p+0
 #define PI_2_MID 0x1.10b461p-30
 #define PI_2_LO 0x1.a62633145c06ep-58
+#define MAX_POSITION (INT64_C(1) << 24) /* a float32 still holds it, and k its 28 bits */
 #define TWO_OVER_PI 0x1.45f306dc9c883p-1
 
 /* Taylor about 0, |r| <= pi/4: error below 2^-53. */
@@ -53,19 +54,34 @@ static void sin_cos(double angle, float *sin_value, float *cos_value)
     }
 }
 
+typedef struct {
+    int64_t start;
+    const float *inv_freq;
+    int64_t half;
+    float *cos_table, *sin_table;
+} table_args;
+
+static int32_t table_rows(void *arg, int64_t begin, int64_t end)
+{
+    const table_args *a = arg;
+    for (int64_t t = begin; t < end; t++)
+        for (int64_t i = 0; i < a->half; i++)
+            sin_cos((double)(a->start + t) * (double)a->inv_freq[i], a->sin_table + t * a->half + i,
+                    a->cos_table + t * a->half + i);
+    return PE_OK;
+}
+
 int32_t pe_rope_table(int64_t start, int64_t tokens, const float *inv_freq, int64_t half,
                       float *cos_table, float *sin_table)
 {
-    if (start < 0 || tokens < 0 || start + tokens > INT64_C(1) << 24 || half < 1)
+    if (start < 0 || start > MAX_POSITION || tokens < 0 || tokens > MAX_POSITION - start ||
+        half < 1)
         return PE_ERROR_ARGUMENT;
     for (int64_t i = 0; i < half; i++)
         if (!(inv_freq[i] > 0.0f && inv_freq[i] <= 1.0f))
             return PE_ERROR_ARGUMENT;
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < half; i++)
-            sin_cos((double)(start + t) * (double)inv_freq[i], sin_table + t * half + i,
-                    cos_table + t * half + i);
-    return PE_OK;
+    table_args a = {start, inv_freq, half, cos_table, sin_table};
+    return pe_run_alone(table_rows, &a, tokens);
 }
 
 typedef struct {
@@ -93,7 +109,7 @@ static int32_t rotate_vectors(void *arg, int64_t begin, int64_t end)
 int32_t pe_rope(pe_pool *pool, float *x, int64_t tokens, int64_t heads, int64_t n, int64_t half,
                 const float *cos_table, const float *sin_table)
 {
-    if (tokens < 0 || heads < 1 || half < 0 || n < 2 * half)
+    if (tokens < 0 || heads < 1 || half < 0 || half > n / 2)
         return PE_ERROR_ARGUMENT;
     rope_args a = {x, heads, n, half, cos_table, sin_table};
     return pe_pool_run(pool, rotate_vectors, &a, tokens * heads, 16);

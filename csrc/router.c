@@ -1,7 +1,6 @@
 /* router.c - scalar, normative: see pe_router in pyengine.h. */
 #include "kernels.h"
 
-#include <math.h>
 #include <stdlib.h>
 
 typedef struct {
@@ -13,6 +12,8 @@ typedef struct {
 
 static int32_t softmax(const float *logits, int64_t n, float *p)
 {
+    if (!pe_all_finite(logits, n))
+        return PE_ERROR_NONFINITE;
     float m = logits[0];
     for (int64_t i = 1; i < n; i++)
         m = logits[i] > m ? logits[i] : m;
@@ -20,8 +21,6 @@ static int32_t softmax(const float *logits, int64_t n, float *p)
         p[i] = logits[i] - m;
     pe_active.exp(p, n, p);
     double total = pe_active.sum(p, n);
-    if (!isfinite(total))
-        return PE_ERROR_NONFINITE;
     for (int64_t i = 0; i < n; i++)
         p[i] = (float)((double)p[i] / total);
     return PE_OK;

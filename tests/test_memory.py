@@ -86,7 +86,7 @@ print(max(peak, anonymous()) - before, footprint(model.checkpoint, context, chun
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("context, chunk", [(1024, 1024), (1024, 512)])
+@pytest.mark.parametrize("context, chunk", [(2048, 2048), (2048, 512)])
 def test_a_process_stays_below_the_bound(context, chunk):
     done = subprocess.run([sys.executable, "-c", CHILD, GOLDEN / "pattern31.gguf", str(context),
                            str(chunk)], capture_output=True, text=True, check=True)

@@ -8,6 +8,9 @@ alone; the two never work at the same time.  Rounds alternate A B A B, so that w
 machine disturbs both.  The tokens are the same, random, seed 1729; no token is sampled; one round
 that is not counted comes first.  llama.cpp runs as its own benchmark runs it on a CPU: mapped file,
 batches of 512, logits of the last token.
+
+The machine has to be otherwise idle: llama.cpp's threads wait for one another by spinning, and with
+anything else on the cores they lose most of their speed.  The load average at the start is printed.
 """
 
 from __future__ import annotations
@@ -191,8 +194,8 @@ def processor() -> str:
 
 
 def as_markdown(report: dict) -> str:
-    lines = [f"{report['model']}; {report['processor']}; medians of {report['rounds']} rounds",
-             "; ".join(report["versions"]), "",
+    lines = [f"{report['model']}; {report['processor']}; medians of {report['rounds']} rounds; "
+             f"load average before: {report['load_average']}", "; ".join(report["versions"]), "",
              "| test | threads | pyengine t/s | llama.cpp t/s | ratio | single rounds | logits' correlation |",
              "|------|--------:|-------------:|--------------:|------:|--------------:|--------------------:|"]
     for row in report["rows"]:
@@ -239,9 +242,11 @@ def main() -> int:
     if options.rounds < 1 or max(options.prompt, options.gen) < 1 or min(options.threads) < 1:
         print("bench_peers: want at least one round, token and thread", file=sys.stderr)
         return 2
+    load = round(os.getloadavg()[0], 2)
     context = max(options.prompt, options.gen) + BATCH
     workers = [Worker(engine, options.model, context) for engine in ENGINES]
     report = {"model": Path(options.model).name, "processor": processor(), "rounds": options.rounds,
+              "load_average": load,
               "versions": [worker.version for worker in workers],
               "rows": compare(workers, options.threads, options.prompt, options.gen, options.rounds)}
     for worker in workers:

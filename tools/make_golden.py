@@ -1,7 +1,7 @@
 """Make `tests/golden/`, or check it: what pyengine must compute, said by programs that know it not.
 
     python tools/make_golden.py            # writes tests/golden/
-    python tools/make_golden.py --check    # makes it again elsewhere; exit 1 at the first difference
+    python tools/make_golden.py --check    # makes it again elsewhere, exit 1 at a difference
 
 Every golden model (`golden_models.py`) is run over the same prompts in three ways:
 
