@@ -64,6 +64,9 @@ typedef struct {
 static int32_t table_rows(void *arg, int64_t begin, int64_t end)
 {
     const table_args *a = arg;
+    for (int64_t i = 0; i < a->half; i++)
+        if (!(a->inv_freq[i] > 0.0f && a->inv_freq[i] <= 1.0f))
+            return PE_ERROR_ARGUMENT;
     for (int64_t t = begin; t < end; t++)
         for (int64_t i = 0; i < a->half; i++)
             sin_cos((double)(a->start + t) * (double)a->inv_freq[i], a->sin_table + t * a->half + i,
@@ -77,9 +80,6 @@ int32_t pe_rope_table(int64_t start, int64_t tokens, const float *inv_freq, int6
     if (start < 0 || start > MAX_POSITION || tokens < 0 || tokens > MAX_POSITION - start ||
         half < 1)
         return PE_ERROR_ARGUMENT;
-    for (int64_t i = 0; i < half; i++)
-        if (!(inv_freq[i] > 0.0f && inv_freq[i] <= 1.0f))
-            return PE_ERROR_ARGUMENT;
     table_args a = {start, inv_freq, half, cos_table, sin_table};
     return pe_run_alone(table_rows, &a, tokens);
 }
