@@ -19,32 +19,67 @@ static void attention_mix(const float *e, const float *value, int64_t ld, int64_
 {
     for (int64_t p = 0; p < count; p++) {
         for (int64_t j = 0; j < n; j++) {
-            float term = e[p] * value[p * ld + j];
-            out[j] = p == 0 ? term : out[j] + term;
+            out[j] += e[p] * value[p * ld + j];
         }
     }
 }
 
+static void load_f16(const uint16_t *half, int64_t n, float *x)
+{
+    for (int64_t i = 0; i < n; i++)
+        x[i] = pe_f16_to_float(half[i]);
+}
+
 void pe_fill_scalar_attention(pe_kernels *k)
 {
+    k->load_f16 = load_f16;
     k->attention_scores = attention_scores;
     k->attention_mix = attention_mix;
 }
 
 /* ---- the operation --------------------------------------------------------------------------- */
 
+#define PIECE 64 /* positions of a float16 cache that are widened at a time */
+
 typedef struct {
-    const float *query, *key_cache, *value_cache;
+    const float *query;
+    const void *key_cache, *value_cache; /* float32, or float16 */
+    int half;
     int64_t start, tokens, heads, kv_heads, n;
     float scale, *out;
 } attention_args;
 
-static int32_t attend(const attention_args *a, int64_t t, int64_t h, float *score)
+typedef struct {
+    float *score; /* [start + tokens] */
+    float *piece; /* [PIECE, n], for a float16 cache */
+} attention_scratch;
+
+/* Positions [p0, p0 + count) of one head's cache as float32 rows, *ld apart. */
+static const float *cache_rows(const attention_args *a, const void *cache, int64_t head, int64_t p0,
+                               int64_t count, float *piece, int64_t *ld)
 {
-    const int64_t ld = a->kv_heads * a->n, at = (t * a->heads + h) * a->n;
-    const int64_t kv = h / (a->heads / a->kv_heads) * a->n, count = a->start + t + 1;
-    float *out = a->out + at;
-    pe_active.attention_scores(a->query + at, a->key_cache + kv, ld, count, a->n, a->scale, score);
+    const int64_t stride = a->kv_heads * a->n, at = p0 * stride + head * a->n;
+    if (!a->half) {
+        *ld = stride;
+        return (const float *)cache + at;
+    }
+    for (int64_t p = 0; p < count; p++)
+        pe_active.load_f16((const uint16_t *)cache + at + p * stride, a->n, piece + p * a->n);
+    *ld = a->n;
+    return piece;
+}
+
+static int32_t attend(const attention_args *a, int64_t t, int64_t h, attention_scratch *s)
+{
+    const int64_t at = (t * a->heads + h) * a->n, count = a->start + t + 1;
+    const int64_t kv = h / (a->heads / a->kv_heads), step = a->half ? PIECE : count;
+    float *score = s->score, *out = a->out + at;
+    int64_t ld;
+    for (int64_t p = 0; p < count; p += step) {
+        int64_t n = pe_min(step, count - p);
+        const float *keys = cache_rows(a, a->key_cache, kv, p, n, s->piece, &ld);
+        pe_active.attention_scores(a->query + at, keys, ld, n, a->n, a->scale, score + p);
+    }
     if (!pe_all_finite(score, count))
         return PE_ERROR_NONFINITE;
     float m = score[0];
@@ -54,7 +89,13 @@ static int32_t attend(const attention_args *a, int64_t t, int64_t h, float *scor
         score[p] -= m;
     pe_active.exp(score, count, score);
     float total = (float)pe_active.sum(score, count);
-    pe_active.attention_mix(score, a->value_cache + kv, ld, count, a->n, out);
+    for (int64_t j = 0; j < a->n; j++)
+        out[j] = -0.0f; /* -0 (+) x is x, for every x: the sum starts with its first term */
+    for (int64_t p = 0; p < count; p += step) {
+        int64_t n = pe_min(step, count - p);
+        const float *values = cache_rows(a, a->value_cache, kv, p, n, s->piece, &ld);
+        pe_active.attention_mix(score + p, values, ld, n, a->n, out);
+    }
     for (int64_t j = 0; j < a->n; j++)
         out[j] /= total;
     return PE_OK;
@@ -65,22 +106,41 @@ static int32_t attention_items(void *arg, int64_t begin, int64_t end)
 {
     const attention_args *a = arg;
     int32_t status = PE_OK;
-    float *score = malloc((size_t)(a->start + a->tokens) * sizeof *score);
-    if (!score)
+    const int64_t positions = a->start + a->tokens;
+    attention_scratch s;
+    s.score = malloc((size_t)(positions + PIECE * a->n) * sizeof *s.score);
+    if (!s.score)
         return PE_ERROR_MEMORY;
+    s.piece = s.score + positions;
     for (int64_t i = begin; i < end && !status; i++)
-        status = attend(a, i % a->tokens, i / a->tokens, score);
-    free(score);
+        status = attend(a, i % a->tokens, i / a->tokens, &s);
+    free(s.score);
     return status;
+}
+
+static int32_t attention(pe_pool *pool, const attention_args *a)
+{
+    if (a->start < 0 || a->tokens < 0 || a->heads < 1 || a->kv_heads < 1 ||
+        a->heads % a->kv_heads || a->n < 1)
+        return PE_ERROR_ARGUMENT;
+    attention_args copy = *a;
+    return pe_pool_run(pool, attention_items, &copy, a->tokens * a->heads, 1);
 }
 
 int32_t pe_attention(pe_pool *pool, const float *query, const float *key_cache,
                      const float *value_cache, int64_t start, int64_t tokens, int64_t heads,
                      int64_t kv_heads, int64_t n, float scale, float *out)
 {
-    if (start < 0 || tokens < 0 || heads < 1 || kv_heads < 1 || heads % kv_heads || n < 1)
-        return PE_ERROR_ARGUMENT;
-    attention_args a = {query, key_cache, value_cache, start, tokens, heads, kv_heads, n, scale,
+    attention_args a = {query, key_cache, value_cache, 0, start, tokens, heads, kv_heads, n, scale,
                         out};
-    return pe_pool_run(pool, attention_items, &a, tokens * heads, 1);
+    return attention(pool, &a);
+}
+
+int32_t pe_attention_f16(pe_pool *pool, const float *query, const uint16_t *key_cache,
+                         const uint16_t *value_cache, int64_t start, int64_t tokens, int64_t heads,
+                         int64_t kv_heads, int64_t n, float scale, float *out)
+{
+    attention_args a = {query, key_cache, value_cache, 1, start, tokens, heads, kv_heads, n, scale,
+                        out};
+    return attention(pool, &a);
 }

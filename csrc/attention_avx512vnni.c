@@ -3,6 +3,7 @@
 
 void pe_fill_avx512vnni_attention(pe_kernels *k)
 {
+    k->load_f16 = load_f16;
     k->attention_scores = attention_scores;
     k->attention_mix = attention_mix;
 }

@@ -76,8 +76,8 @@ NEON_INLINE void mix_strip(const float *e, const float *value, int64_t ld, int64
 {
     float32x4_t sum[WIDE];
     for (int v = 0; v < vectors; v++)
-        sum[v] = vmulq_n_f32(vld1q_f32(value + 4 * v), e[0]);
-    for (int64_t p = 1; p < count; p++)
+        sum[v] = vld1q_f32(out + 4 * v);
+    for (int64_t p = 0; p < count; p++)
         for (int v = 0; v < vectors; v++)
             sum[v] = vaddq_f32(sum[v], vmulq_n_f32(vld1q_f32(value + p * ld + 4 * v), e[p]));
     for (int v = 0; v < vectors; v++)
@@ -93,15 +93,25 @@ static void attention_mix(const float *e, const float *value, int64_t ld, int64_
     for (; j + 4 <= n; j += 4)
         mix_strip(e, value + j, ld, count, 1, out + j);
     for (; j < n; j++) {
-        float sum = e[0] * value[j];
-        for (int64_t p = 1; p < count; p++)
+        float sum = out[j];
+        for (int64_t p = 0; p < count; p++)
             sum += e[p] * value[p * ld + j];
         out[j] = sum;
     }
 }
 
+static void load_f16(const uint16_t *half, int64_t n, float *x)
+{
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1q_f32(x + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(half + i))));
+    for (; i < n; i++)
+        x[i] = pe_f16_to_float(half[i]);
+}
+
 void pe_fill_neon_attention(pe_kernels *k)
 {
+    k->load_f16 = load_f16;
     k->attention_scores = attention_scores;
     k->attention_mix = attention_mix;
 }

@@ -63,13 +63,22 @@ static void attention_scores(const float *query, const float *key, int64_t ld, i
     }
 }
 
+static void load_f16(const uint16_t *half, int64_t n, float *x)
+{
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(x + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
+    for (; i < n; i++)
+        x[i] = pe_f16_to_float(half[i]);
+}
+
 /* Columns [j, j + 16 * (vectors - 1) + last). */
 PE_INLINE void mix_band(const float *e, const float *value, int64_t ld, int64_t count, float *out,
                         int64_t j, int vectors, int64_t last)
 {
     f32x16 sum[BAND];
     for (int v = 0; v < vectors; v++)
-        sum[v] = f32x16_all(NOTHING);
+        sum[v] = f32x16_load(out + j + 16 * v, v < vectors - 1 ? 16 : last);
     for (int64_t p = 0; p < count; p++) {
         const float *row = value + p * ld + j;
         const f32x16 weight = f32x16_all(e[p]);

@@ -58,9 +58,11 @@ typedef struct pe_kernels {
     /* score[p] = dot16(query * key[p]) * scale for count positions, key rows ld apart. */
     void (*attention_scores)(const float *query, const float *key, int64_t ld, int64_t count,
                              int64_t n, float scale, float *score);
-    /* out[j] = sum over p ascending of e[p] * value[p, j], value rows ld apart. */
+    /* out[j] = out[j] + e[p] * value[p, j], p ascending, value rows ld apart. */
     void (*attention_mix)(const float *e, const float *value, int64_t ld, int64_t count, int64_t n,
                           float *out);
+    /* n halves to float32. */
+    void (*load_f16)(const uint16_t *half, int64_t n, float *x);
 } pe_kernels;
 
 /* Rows are shared out in multiples of this, the height of the tallest tile. */

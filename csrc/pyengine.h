@@ -226,6 +226,12 @@ int32_t pe_attention(pe_pool *pool, const float *query, const float *key_cache,
                      const float *value_cache, int64_t start, int64_t tokens, int64_t heads,
                      int64_t kv_heads, int64_t n, float scale, float *out);
 
+/* The same over a float16 cache, whose entries are widened exactly: keys and values were rounded to
+ * float16, nearest even, when they were stored. */
+int32_t pe_attention_f16(pe_pool *pool, const float *query, const uint16_t *key_cache,
+                         const uint16_t *value_cache, int64_t start, int64_t tokens, int64_t heads,
+                         int64_t kv_heads, int64_t n, float scale, float *out);
+
 /* ---- mixture of experts ---------------------------------------------------------------------- */
 
 /* logits [tokens, experts] -> routing_weights, selected_experts [tokens, top_k], by falling

@@ -81,12 +81,18 @@ def _add_model(parser):
                         help="of the locked arithmetic (default: physical cores)")
 
 
+def _add_arithmetic(parser):
+    from .model import ARITHMETICS
+
+    parser.add_argument("--arithmetic", choices=ARITHMETICS, default="locked")
+
+
 def _add_run(parser):
     _add_model(parser)
     ids = parser.add_mutually_exclusive_group(required=True)
     ids.add_argument("--ids", metavar='"1 2 3"', help="token ids")
     ids.add_argument("--ids-file", metavar="F", help="token ids as text or .npy")
-    parser.add_argument("--arithmetic", choices=("locked", "float64"), default="locked")
+    _add_arithmetic(parser)
     parser.add_argument("--chunk", type=_positive, metavar="N",
                         help="prompt tokens computed at a time; changes no bit")
     parser.add_argument("-o", "--output", required=True, metavar="OUT")
@@ -329,7 +335,7 @@ def _add_generate(commands):
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
     prompt.add_argument("--ids", metavar='"1 2 3"')
-    parser.add_argument("--arithmetic", choices=("locked", "float64"), default="locked")
+    _add_arithmetic(parser)
     parser.add_argument("-n", "--predict", type=_positive, default=128, metavar="N",
                         help="tokens at most (default: 128)")
     parser.add_argument("--temp", type=float, default=0.0, metavar="T",

@@ -2,7 +2,7 @@
 
 The weights lie in a mapped file: the system may drop them and read them again.  Everything else is
 the process's own, and what this module bounds.  What Python and NumPy take before a model is loaded
-is not in it (some 40 MB).
+is not in it (some 20 MB).
 """
 
 from __future__ import annotations

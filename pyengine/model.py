@@ -5,14 +5,15 @@ from __future__ import annotations
 from .checkpoint import open_checkpoint
 from .errors import InputError
 
-ARITHMETICS = ("locked", "float64")
+ARITHMETICS = ("locked", "locked-kv16", "float64")
 
 
 def load(path, arithmetic: str = "locked", threads: int | None = None, *, pin: bool = False,
          chunk: int | None = None, check: bool = True):
     """A GGUF file (or the first of its splits) or a checkpoint directory -> a model.
 
-    arithmetic  "locked": C, fast, the same bits everywhere; "float64": NumPy, the specification
+    arithmetic  "locked": C, fast, the same bits everywhere; "locked-kv16": the same with keys and
+                values kept as float16, half the memory; "float64": NumPy, the specification
     threads     of the locked arithmetic; None: the physical cores.  pin: one core each
     chunk       prompt tokens computed at a time by default: bounds memory, changes no bit
     check       read every weight scale once and refuse a NaN or infinity, naming the tensor
@@ -31,4 +32,4 @@ def load(path, arithmetic: str = "locked", threads: int | None = None, *, pin: b
         return ReferenceModel(checkpoint)
     from .decoder.model import DEFAULT_CHUNK, LockedModel
 
-    return LockedModel(checkpoint, threads, pin, chunk or DEFAULT_CHUNK)
+    return LockedModel(checkpoint, threads, pin, chunk or DEFAULT_CHUNK, arithmetic)

@@ -353,14 +353,21 @@ def delta_rule(pool: Pool, query, key, qkv, value_start: int, beta, decay, key_h
 
 
 def attention(pool: Pool, query, keys, values, scale: float):
-    """query [T, heads, n] over keys, values [start + T, kv heads, n] -> [T, heads, n]."""
+    """query [T, heads, n] over keys, values [start + T, kv heads, n] -> [T, heads, n].
+
+    keys and values are both float32 or both float16.
+    """
     tokens, heads, n = query.shape
     positions, kv_heads, _ = keys.shape
     _want(values.shape == keys.shape == (positions, kv_heads, n) and positions >= tokens,
           "attention: want a cache that holds the queries' own positions")
+    if keys.dtype == np.float16:
+        function, form = lib.pe_attention_f16, (np.float16, "uint16_t[]")
+    else:
+        function, form = lib.pe_attention, (np.float32, "float[]")
     out = np.empty_like(query)
-    _check(lib.pe_attention(pool.pointer, _in(query), _in(keys), _in(values), positions - tokens,
-                            tokens, heads, kv_heads, n, scale, _out(out)), "attention scores")
+    _check(function(pool.pointer, _in(query), _in(keys, *form), _in(values, *form), positions - tokens, tokens, heads, kv_heads, n,
+                    scale, _out(out)), "attention scores")
     return out
 
 

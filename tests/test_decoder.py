@@ -99,6 +99,26 @@ def test_int8_sweep(tmp_path, each_isa):
         assert equal(pyengine.load(tmp_path / "int8", threads=threads).forward(ids, chunk=7), expected)
 
 
+def test_float16_cache_is_the_float32_one_over_rounded_keys_and_values(each_isa):
+    path = GOLDEN / "pattern31.gguf"
+    half = pyengine.load(path, "locked-kv16", threads=2)
+    ids = prompt(half, 150)  # more positions than are widened at a time
+    state = half.new_state()
+    logits = half.forward(ids, state)
+    assert state.layers[3].keys.dtype == np.float16
+    plain = pyengine.load(path, threads=2)
+    wide = plain.new_state()
+    cache = wide.layers[3]
+    append = cache.append
+    cache.append = lambda k, v: append(k.astype(np.float16), v.astype(np.float16))
+    assert equal(plain.forward(ids, wide), logits)
+    assert not equal(plain.forward(ids), logits)
+    for cut in (1, 64, 149):
+        state = half.new_state()
+        parts = [half.forward(ids[:cut], state, chunk=50), half.forward(ids[cut:], state)]
+        assert equal(np.concatenate(parts), logits)
+
+
 def test_left_context_decides_and_nothing_later(model):
     """No token sees what follows it; a longer prompt has the shorter one's logits, in bits."""
     ids = prompt(model, 30)
@@ -120,7 +140,7 @@ def test_ids_out_of_range(ids, message):
 def test_options_out_of_range():
     path = GOLDEN / "tied.gguf"
     for options, message in [({"threads": 0}, "threads: want 1 to 1024"),
-                             ({"arithmetic": "float16"}, "arithmetic: want locked or float64")]:
+                             ({"arithmetic": "float16"}, "arithmetic: want locked or locked-kv16 or float64")]:
         with pytest.raises(InputError, match=message):
             pyengine.load(path, **options)
     with pytest.raises(InputError, match="chunk: want at least 1"):

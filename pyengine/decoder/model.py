@@ -17,6 +17,9 @@ from .state import State
 
 DEFAULT_CHUNK = 512  # tokens: bounds the scratch of a long prompt
 
+# "locked-kv16" differs from "locked" in one rounding: keys and values are kept as float16.
+CACHE_DTYPES = {"locked": np.float32, "locked-kv16": np.float16}
+
 
 class DecoderLayer:
     """Hugging Face's `Qwen3_5MoeDecoderLayer`."""
@@ -52,10 +55,10 @@ class DecoderLayer:
 class LockedModel:
     """`forward` and `new_state`, as every model of this package; `config`, `arithmetic`, `pool`."""
 
-    arithmetic = "locked"
-
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None, pin: bool = False,
-                 chunk: int = DEFAULT_CHUNK):
+                 chunk: int = DEFAULT_CHUNK, arithmetic: str = "locked"):
+        self.arithmetic = arithmetic
+        self.cache_dtype = CACHE_DTYPES[arithmetic]
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.chunk = chunk
         self.pool = ops.Pool(threads, pin)
@@ -69,7 +72,7 @@ class LockedModel:
         self.inv_freq = self.config.inv_freq()
 
     def new_state(self) -> State:
-        return State(self.config, np.float32)
+        return State(self.config, np.float32, self.cache_dtype)
 
     def forward(self, ids, state: State | None = None, *, chunk: int | None = None,
                 last_only: bool = False, record=None) -> np.ndarray:

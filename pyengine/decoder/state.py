@@ -88,10 +88,11 @@ class State:
     computing the sequence anew.  A state belongs to the model that made it.
     """
 
-    def __init__(self, config: Config, dtype):
+    def __init__(self, config: Config, dtype, cache_dtype=None):
         self.position = 0
         self.layers = [DeltaNetState(config, dtype) if kind == LINEAR
-                       else KeyValueCache(config, dtype) for kind in config.layer_types]
+                       else KeyValueCache(config, cache_dtype or dtype)
+                       for kind in config.layer_types]
 
     def copy(self) -> State:
         twin = object.__new__(State)
