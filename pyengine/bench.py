@@ -26,14 +26,16 @@ import numpy as np
 from . import ops
 from .checkpoint import Checkpoint, Tensor, model_specs, open_checkpoint
 from .config import ARCHITECTURE
-from .decoder.model import DEFAULT_CHUNK, LockedModel
+from .decoder.model import CACHE_DTYPES, DEFAULT_CHUNK, LockedModel
 from .errors import InputError
 from .ids import as_chunk
+from .memory import copied_bytes, stored_bytes
 from .progress import progress
 
 SEED = 1729
 PLOT_SUFFIXES = (".png", ".svg")
 FIRST_DEPTH = 512  # of a plot, which then doubles it
+GGML_NAMES = {np.float32: "f32", np.float16: "f16"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Result:
 
     model_size, model_n_params  bytes and parameters of the file's weights
     n_batch                     prompt tokens computed at a time
+    type_k, type_v              of the key-value cache: "f32", or "f16" in arithmetic locked-kv16
     avg_ns, stddev_ns           of one run; avg_ts, stddev_ts: tokens a second
     gb_per_s                    weights read, when every token reads them: for generations only
     gmac_per_s                  multiply-adds with weights, 10^9 a second
@@ -56,6 +59,8 @@ class Result:
     isa: str
     n_batch: int
     n_threads: int
+    type_k: str
+    type_v: str
     n_prompt: int
     n_gen: int
     n_depth: int
@@ -81,17 +86,20 @@ class Result:
 
 
 def run(path, n_prompt=(512,), n_gen=(64,), threads=(None,), repetitions: int = 5,
-        chunk: int | None = None, depths=(0,)) -> list[Result]:
+        chunk: int | None = None, depths=(0,), arithmetic: str = "locked") -> list[Result]:
     """Every test on every number of threads, -> one Result each.
 
     n_prompt, n_gen  lengths of prompts and of generations; 0 stands for none
     threads          numbers of threads; None: the physical cores
     depths           numbers of tokens already seen
     chunk            prompt tokens computed at a time
+    arithmetic       "locked" or "locked-kv16"
     Errors: InputError, and those of opening a checkpoint.
     """
     chunk = as_chunk(DEFAULT_CHUNK if chunk is None else chunk)
     tests = _tests(n_prompt, n_gen, depths)
+    if arithmetic not in CACHE_DTYPES:
+        raise InputError(f"arithmetic: want {' or '.join(CACHE_DTYPES)}, got {arithmetic!r}")
     if repetitions < 1:
         raise InputError(f"repetitions: want at least 1, got {repetitions}")
     checkpoint = open_checkpoint(path)
@@ -100,7 +108,7 @@ def run(path, n_prompt=(512,), n_gen=(64,), threads=(None,), repetitions: int = 
     runs = len(threads) * len(tests) * (repetitions + 1)
     with progress(runs, "bench", "run") as bar:
         for count in threads:
-            model = LockedModel(checkpoint, count, chunk=chunk)
+            model = LockedModel(checkpoint, count, chunk=chunk, arithmetic=arithmetic)
             for test in tests:
                 before = read_bandwidth(model.pool.threads)
                 samples = _time(model, *test, repetitions, bar.update)
@@ -114,8 +122,8 @@ def _tests(n_prompt, n_gen, depths) -> list[tuple[int, int, int]]:
     for name, values in (("prompt", n_prompt), ("generation", n_gen), ("depth", depths)):
         if any(value < 0 for value in values):
             raise InputError(f"{name}: want lengths of at least 0, got {min(values)}")
-    tests = [test for depth in depths
-             for test in [(n, 0, depth) for n in n_prompt if n] + [(0, n, depth) for n in n_gen if n]]
+    lengths = [(n, 0) for n in n_prompt if n] + [(0, n) for n in n_gen if n]
+    tests = [(*length, depth) for depth in depths for length in lengths]
     if not tests:
         raise InputError("bench: want a prompt or a generation of at least 1 token, got neither")
     return tests
@@ -143,15 +151,17 @@ def _result(model, n_prompt, n_gen, n_depth, samples_ns, bandwidth) -> Result:
     checkpoint, tokens = model.checkpoint, n_prompt + n_gen
     samples_ts = [1e9 * tokens / ns for ns in samples_ns]
     avg_ts = statistics.fmean(samples_ts)
+    cache_type = GGML_NAMES[model.cache_dtype]
     gb_per_s = weight_bytes_per_token(checkpoint) * avg_ts / 1e9 if n_gen else None
     return Result(
         model_filename=str(checkpoint.path),
         model_type=model_type(checkpoint),
-        model_size=sum(_stored_bytes(t) for t in _weights(checkpoint)),
+        model_size=sum(stored_bytes(t) for t in _weights(checkpoint)),
         model_n_params=sum(math.prod(t.shape) for t in _weights(checkpoint)),
         isa=ops.active_isa(),
         n_batch=model.chunk,
         n_threads=model.pool.threads,
+        type_k=cache_type, type_v=cache_type,
         n_prompt=n_prompt, n_gen=n_gen, n_depth=n_depth,
         test_time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         avg_ns=round(statistics.fmean(samples_ns)),
@@ -176,9 +186,14 @@ def _deviation(samples) -> float:
 
 def weight_bytes_per_token(checkpoint: Checkpoint) -> int:
     """Bytes of weights that one token reads on its way to its logits: every tensor once, of the
-    routed experts those that are chosen, of the embedding one row."""
-    return sum(_touched(checkpoint.config, name, _read_bytes(tensor))
-               for name, tensor in checkpoint.tensors.items())
+    routed experts those that are chosen, of the embedding one row.
+
+    A matrix that the decoder copies counts as its copy: Q4_0 is read as Q8_0 blocks.
+    """
+    tensors = dict(checkpoint.tensors)
+    row = stored_bytes(tensors.pop("model.embed_tokens.weight")) // checkpoint.config.vocab_size
+    return row + sum(_touched(checkpoint.config, name, copied_bytes(tensor) or stored_bytes(tensor))
+                     for name, tensor in tensors.items())
 
 
 def weight_macs(checkpoint: Checkpoint, tokens: int, outputs: int) -> int:
@@ -194,22 +209,10 @@ def weight_macs(checkpoint: Checkpoint, tokens: int, outputs: int) -> int:
 
 
 def _touched(config, name: str, amount: int) -> int:
-    """How much of a tensor's amount, which lies evenly over its rows and experts, one token needs."""
-    if name == "model.embed_tokens.weight":
-        return amount // config.vocab_size
+    """How much of a tensor's amount, which is the same for every expert, one token needs."""
     if ".mlp.experts." in name:
         return amount // config.num_experts * config.num_experts_per_tok
     return amount
-
-
-def _stored_bytes(tensor: Tensor) -> int:
-    return tensor.data.nbytes + (0 if tensor.scales is None else tensor.scales.nbytes)
-
-
-def _read_bytes(tensor: Tensor) -> int:
-    """Q4_0 is read as the Q8_0 blocks that the decoder makes of it."""
-    stored = _stored_bytes(tensor)
-    return stored // 18 * 34 if tensor.type == "Q4_0" else stored
 
 
 def _weights(checkpoint: Checkpoint) -> list[Tensor]:
@@ -221,7 +224,7 @@ def model_type(checkpoint: Checkpoint) -> str:
     """Architecture, parameters in all and active, commonest type: "qwen35moe 35B.A3B Q8_0"."""
     types = Counter()
     for tensor in _weights(checkpoint):
-        types[tensor.type] += tensor.data.nbytes
+        types[tensor.type] += stored_bytes(tensor)
     total = sum(math.prod(tensor.shape) for tensor in _weights(checkpoint))
     active = weight_macs(checkpoint, 1, 1)
     return f"{ARCHITECTURE} {_short(total)}.A{_short(active)} {types.most_common(1)[0][0]}"
@@ -230,7 +233,8 @@ def model_type(checkpoint: Checkpoint) -> str:
 def _short(count: int) -> str:
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= unit:
-            return f"{count / unit:.2g}{letter}" if count < 10 * unit else f"{count / unit:.0f}{letter}"
+            digits = 1 if count < 9.95 * unit else 0
+            return f"{count / unit:.{digits}f}{letter}"
     return str(count)
 
 
@@ -280,6 +284,7 @@ COLUMNS = {  # heading: (alignment, text)
                else f"{r.model_n_params / 1e6:.2f} M"),
     "isa": ("<", lambda r: r.isa),
     "threads": (">", lambda r: str(r.n_threads)),
+    "cache": ("<", lambda r: r.type_k),
     "test": (">", lambda r: r.test),
     "t/s": (">", lambda r: f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}"),
     "GMAC/s": (">", lambda r: f"{r.gmac_per_s:.2f}"),

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                      parser_class=_Parser)
     for add in (_add_info, _add_quantize, _add_verify_files, _add_logits, _add_trace, _add_verify,
-                _add_generate, _add_demo):
+                _add_generate, _add_bench, _add_demo):
         add(commands)
     return parser
 
@@ -125,6 +125,13 @@ def _add_info(commands):
     parser = _command(commands, "info", _info, "What a model is, and what this machine runs it with.")
     parser.add_argument("model", metavar="MODEL", nargs="?")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--memory", action="store_true",
+                        help="what a sequence takes beside the weights, in bytes")
+    parser.add_argument("-c", "--context", type=_positive, default=4096, metavar="N",
+                        help="tokens of that sequence (default: 4096)")
+    parser.add_argument("--chunk", type=_positive, metavar="N", help="prompt tokens at a time")
+    parser.add_argument("-t", "--threads", type=_positive, metavar="N")
+    _add_arithmetic(parser)
     parser.add_argument("--provenance", action="store_true",
                         help="what a quantized checkpoint was made from")
 
@@ -135,11 +142,27 @@ def _info(options):
     facts = _machine_facts()
     if options.model:
         facts = _model_facts(options.model) | facts
+    memory = _memory_facts(options) if options.memory else {}
     if options.json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(facts | ({"memory": memory} if memory else {}), indent=2))
         return
     for key, value in facts.items():
         print(f"{key:<24} {_as_text(value)}")
+    for key, value in memory.items():
+        print(f"{key:<24} {value:>15,} bytes")
+
+
+def _memory_facts(options):
+    from . import ops
+    from .checkpoint import open_checkpoint
+    from .decoder.model import DEFAULT_CHUNK
+    from .memory import footprint
+
+    if not options.model or options.arithmetic == "float64":
+        raise InputError("info --memory: want a MODEL and a locked arithmetic")
+    return footprint(open_checkpoint(options.model), options.context,
+                     options.chunk or DEFAULT_CHUNK, options.threads or ops.physical_cores(),
+                     options.arithmetic)
 
 
 def _print_provenance(options):
@@ -362,6 +385,58 @@ def _generate(options):
     for token in generate(model, ids, options.predict, sampler, end_ids, tokenizer=tokenizer):
         print(token.text if tokenizer else f"{token.id} ", end="", flush=True)
     print()
+
+
+# ---- bench -----------------------------------------------------------------------------------
+
+
+def _lengths(text):
+    values = [int(word) for word in text.split(",")]
+    if min(values) < 0:
+        raise ValueError
+    return values
+
+
+def _positives(text):
+    return [_positive(word) for word in text.split(",")]
+
+
+_lengths.__name__, _positives.__name__ = "list of lengths", "list of positive integers"
+
+
+def _add_bench(commands):
+    parser = _command(commands, "bench", _bench, "Tokens a second, as llama-bench measures them, "
+                      "and how much of this machine that is. -p, -n and -t take lists: 1,2.")
+    parser.add_argument("-m", "--model", required=True, metavar="MODEL")
+    parser.add_argument("-p", "--n-prompt", type=_lengths, default=[512], metavar="N",
+                        help="prompt tokens (default: 512; 0: none)")
+    parser.add_argument("-n", "--n-gen", type=_lengths, default=[64], metavar="N",
+                        help="generated tokens (default: 64; 0: none)")
+    parser.add_argument("-t", "--threads", type=_positives, default=[None], metavar="N",
+                        help="default: physical cores")
+    parser.add_argument("-r", "--repetitions", type=_positive, default=5, metavar="N")
+    parser.add_argument("--arithmetic", choices=("locked", "locked-kv16"), default="locked")
+    parser.add_argument("--chunk", type=_positive, metavar="N", help="prompt tokens at a time")
+    parser.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md")
+    parser.add_argument("--plot", metavar="FILE", help="draw tokens/s against context length, as "
+                        ".png or .svg")
+    parser.add_argument("-c", "--max-depth", type=_positive, default=4096, metavar="N",
+                        help="longest context of the plot (default: 4096)")
+
+
+def _bench(options):
+    from . import bench
+
+    depths = [0]
+    if options.plot:
+        bench.check_plot(_check_output(options.plot))
+        depths = bench.plot_depths(options.max_depth)
+    results = bench.run(options.model, options.n_prompt, options.n_gen, options.threads,
+                        options.repetitions, options.chunk, depths, options.arithmetic)
+    write = {"md": bench.as_markdown, "json": bench.as_json, "csv": bench.as_csv}
+    print(write[options.output](results))
+    if options.plot:
+        bench.plot(results, options.plot)
 
 
 # ---- demo ------------------------------------------------------------------------------------

@@ -9,41 +9,48 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from . import ops
-from .checkpoint import Checkpoint, model_specs
+from .checkpoint import Checkpoint, Tensor, model_specs
 from .config import FULL, LINEAR, Config
+from .decoder.model import CACHE_DTYPES
 
 FLOAT = 4  # bytes
 ALIGNMENT = 64  # of every piece of the experts' scratch
 FIRST_CAPACITY = 256  # positions of a key-value cache that has just begun: see decoder/state.py
+WIDENED = 64  # positions of a float16 cache that a thread holds as float32: see csrc/attention.c
 
 
-def footprint(checkpoint: Checkpoint, context: int, chunk: int, threads: int) -> dict[str, int]:
+def footprint(checkpoint: Checkpoint, context: int, chunk: int, threads: int,
+              arithmetic: str = "locked") -> dict[str, int]:
     """Bytes that one sequence of `context` tokens takes, its prompt computed `chunk` at a time.
 
     weights_mapped          the file
-    weights_copied          vectors in the form the C core reads, and Q4_0 matrices as Q8_0
+    weights_copied          vectors in the form the C core reads, Q4_0 matrices as Q8_0, and
+                            experts that lie apart in their file
     delta_net_states        of all linear layers; the same at any length
-    key_value_cache         float32, of all full-attention layers, for `context` positions
+    key_value_cache         of all full-attention layers, for `context` positions
     key_value_cache_growth  what doubling may add, the old arrays while they are copied included;
                             nothing of it when room was reserved
     activations             a chunk's arrays in Python, as if one layer's all lived at once
     experts_scratch         what the thread pool keeps for the experts of a chunk
-    attention_scores        one row of scores for each thread
+    thread_scratch          for each thread a row of attention scores, some keys or values of a
+                            float16 cache as float32, and a row of expert probabilities
     total                   all but weights_mapped
 
     The logits of one token are in activations; all of a prompt's, when asked for, are not.
     """
     config = checkpoint.config
-    tokens = min(chunk, context)
+    tokens, item = min(chunk, context), np.dtype(CACHE_DTYPES[arithmetic]).itemsize
     sizes = {
         "weights_copied": weights_copied(checkpoint),
         "delta_net_states": delta_net_states(config),
-        "key_value_cache": key_value_cache(config, context),
-        "key_value_cache_growth": key_value_cache_growth(config, context),
+        "key_value_cache": key_value_cache(config, context, item),
+        "key_value_cache_growth": key_value_cache_growth(config, context, item),
         "activations": activations(config, tokens),
         "experts_scratch": experts_scratch(config, tokens),
-        "attention_scores": threads * context * FLOAT,
+        "thread_scratch": threads * thread_scratch(config, context),
     }
     return {"weights_mapped": checkpoint.file.size, **sizes, "total": sum(sizes.values())}
 
@@ -53,9 +60,23 @@ def footprint(checkpoint: Checkpoint, context: int, chunk: int, threads: int) ->
 
 def weights_copied(checkpoint: Checkpoint) -> int:
     vectors = sum(math.prod(spec.shape) for spec in model_specs(checkpoint.config) if not spec.linear)
-    blocks = sum(tensor.data.nbytes // 18 * 34 for name, tensor in checkpoint.tensors.items()
-                 if tensor.type == "Q4_0" and name != "model.embed_tokens.weight")
-    return (vectors + checkpoint.config.rotary_dim // 2) * FLOAT + blocks
+    matrices = sum(copied_bytes(tensor) for name, tensor in checkpoint.tensors.items()
+                   if name != "model.embed_tokens.weight")  # of which rows are read as they lie
+    return (vectors + checkpoint.config.rotary_dim // 2) * FLOAT + matrices
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """In the file."""
+    pieces = tensor.data if isinstance(tensor.data, tuple) else (tensor.data,)
+    return sum(piece.nbytes for piece in pieces) + (
+        0 if tensor.scales is None else tensor.scales.nbytes)
+
+
+def copied_bytes(tensor: Tensor) -> int:
+    """Of the copy that decoder/linear.py makes of a matrix; 0: it is read where it is mapped."""
+    if tensor.type == "Q4_0":
+        return stored_bytes(tensor) // 18 * 34
+    return stored_bytes(tensor) if isinstance(tensor.data, tuple) else 0
 
 
 # ---- the state ---------------------------------------------------------------------------------
@@ -67,28 +88,29 @@ def delta_net_states(c: Config) -> int:
     return c.layer_types.count(LINEAR) * (conv + recurrent) * FLOAT
 
 
-def key_value_cache(c: Config, context: int) -> int:
-    return c.layer_types.count(FULL) * 2 * _cache_array(c, max(context, FIRST_CAPACITY))
+def key_value_cache(c: Config, context: int, item: int = FLOAT) -> int:
+    """item: bytes of a key's or a value's element."""
+    return c.layer_types.count(FULL) * 2 * _cache_array(c, max(context, FIRST_CAPACITY), item)
 
 
-def key_value_cache_growth(c: Config, context: int) -> int:
+def key_value_cache_growth(c: Config, context: int, item: int = FLOAT) -> int:
     """An array that is full doubles: it ends below twice the context, and its old half, itself at
     most the context, lives until it is copied."""
     if context <= FIRST_CAPACITY or FULL not in c.layer_types:
         return 0
-    return key_value_cache(c, context) + _cache_array(c, context)
+    return key_value_cache(c, context, item) + _cache_array(c, context, item)
 
 
-def _cache_array(c: Config, positions: int) -> int:
+def _cache_array(c: Config, positions: int, item: int) -> int:
     """Keys, or values, of one layer."""
-    return positions * c.num_key_value_heads * c.head_dim * FLOAT
+    return positions * c.num_key_value_heads * c.head_dim * item
 
 
 # ---- scratch -----------------------------------------------------------------------------------
 
 
 def activations(c: Config, tokens: int) -> int:
-    """The larger of the two kinds of layer, the embedding rows and one token's logits."""
+    """Of the larger kind of layer, with the embedding rows and one token's logits."""
     hidden = c.hidden_size
     embedding = 3 * hidden * FLOAT  # codes and values
     rope_table = c.rotary_dim * FLOAT
@@ -125,6 +147,10 @@ def _attention(c: Config) -> int:
 def _mlp(c: Config) -> int:
     """Per token: router logits; routing weights and selected experts; the shared gate; the output."""
     return (c.num_experts + 2 * c.num_experts_per_tok + 1 + c.hidden_size) * FLOAT
+
+
+def thread_scratch(c: Config, context: int) -> int:
+    return (context + WIDENED * c.head_dim + c.num_experts) * FLOAT
 
 
 def experts_scratch(c: Config, tokens: int) -> int:

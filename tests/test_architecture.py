@@ -16,7 +16,7 @@ FLOORS = [
     {"decoder"},
     {"reference", "sampling", "trace"},
     {"model", "quantize", "verify", "generate", "memory"},
-    {"verify_files"},
+    {"verify_files", "testing"},
     {"bench"},
     {"demo"},
     {"cli"},

@@ -14,7 +14,7 @@ import pytest
 from rewrite import GOLDEN
 
 import pyengine
-from pyengine import bench
+from pyengine import bench, memory
 from pyengine.checkpoint import open_checkpoint
 from pyengine.config import FULL, LINEAR, Config
 from pyengine.errors import InputError
@@ -35,7 +35,7 @@ VECTORS = 4 * 2 * 64 + 64 + 3 * DELTA_NET_VECTORS + 2 * 48
 
 # llama-bench's, of those that mean something here.
 LLAMA_BENCH = set("model_filename model_type model_size model_n_params n_batch n_threads n_prompt n_gen "
-                  "n_depth test_time avg_ns stddev_ns avg_ts stddev_ts samples_ns samples_ts".split())
+                  "n_depth type_k type_v test_time avg_ns stddev_ns avg_ts stddev_ts samples_ns samples_ts".split())
 OURS = {"isa", "gb_per_s", "gmac_per_s", "read_bandwidth_gb_per_s", "bandwidth_share"}
 
 
@@ -63,7 +63,7 @@ def test_what_a_token_costs():
 def test_a_tied_head_is_read_whole_but_stored_once():
     checkpoint = open_checkpoint(GOLDEN / "tied.gguf")
     one_row = 160 * 34 // 32
-    whole = sum(bench._stored_bytes(t) for t in bench._weights(checkpoint))
+    whole = sum(memory.stored_bytes(t) for t in bench._weights(checkpoint))
     routed = sum(t.data.nbytes for name, t in checkpoint.tensors.items() if ".mlp.experts." in name)
     assert bench.weight_bytes_per_token(checkpoint) == whole + one_row - routed // 3  # 2 of 3 experts
 
@@ -99,7 +99,9 @@ def test_lists_and_zeros():
     results = bench.run(MODEL, n_prompt=[2, 3], n_gen=[0], threads=[1, 2], repetitions=1, depths=[0, 5])
     assert [(r.n_threads, r.test) for r in results] == [
         (threads, test) for threads in (1, 2) for test in ("pp2", "pp3", "pp2 @ d5", "pp3 @ d5")]
-    assert results[0].stddev_ns == 0
+    assert results[0].stddev_ns == 0 and results[0].type_k == "f32"
+    half = bench.run(MODEL, n_prompt=[2], n_gen=[0], repetitions=1, arithmetic="locked-kv16")
+    assert half[0].type_k == half[0].type_v == "f16"
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -109,6 +111,7 @@ def test_lists_and_zeros():
     ({"repetitions": 0}, "repetitions: want at least 1"),
     ({"chunk": 0}, "chunk: want at least 1"),
     ({"threads": [0]}, "threads: want 1 to 1024"),
+    ({"arithmetic": "float64"}, "arithmetic: want locked or locked-kv16, got 'float64'"),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(InputError, match=message):

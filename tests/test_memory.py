@@ -9,16 +9,17 @@ from rewrite import GOLDEN
 
 import pyengine
 from pyengine import memory
-from pyengine.checkpoint import open_checkpoint
+from pyengine.checkpoint import Tensor, open_checkpoint
 
 MODELS = sorted(GOLDEN.glob("*.gguf"))
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("context, chunk", [(1, 512), (40, 16), (300, 64)])
-def test_state_and_scratch(path, context, chunk):
-    model = pyengine.load(path, threads=2)
-    sizes = memory.footprint(model.checkpoint, context, chunk, 2)
+@pytest.mark.parametrize("context, chunk, arithmetic", [
+    (1, 512, "locked"), (40, 16, "locked"), (300, 64, "locked"), (300, 64, "locked-kv16")])
+def test_state_and_scratch(path, context, chunk, arithmetic):
+    model = pyengine.load(path, arithmetic, threads=2)
+    sizes = memory.footprint(model.checkpoint, context, chunk, 2, arithmetic)
     assert sizes["total"] == sum(sizes.values()) - sizes["total"] - sizes["weights_mapped"]
     state, reserved = model.new_state(), model.new_state()
     for layer in reserved.layers:
@@ -44,6 +45,11 @@ def test_growth_token_by_token_stays_below_the_bound():
                                 + sizes["key_value_cache_growth"])
 
 
+def test_experts_that_lie_apart_are_copied():
+    apart = Tensor("e", "BF16", (2, 3, 4), (np.zeros((3, 4), np.uint16),) * 2)
+    assert memory.stored_bytes(apart) == memory.copied_bytes(apart) == 48
+
+
 def test_the_35b():
     """By hand, at its own sizes: what a server of 32,768 tokens has to set aside."""
     from dataclasses import replace
@@ -54,7 +60,7 @@ def test_the_35b():
         linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
         linear_value_head_dim=128)
     assert memory.delta_net_states(config) == 30 * (3 * 8192 + 32 * 128 * 128) * 4
-    assert memory.key_value_cache(config, 32_768) == 10 * 2 * 32_768 * 512 * 4
+    assert memory.key_value_cache(config, 32_768, item=4) == 10 * 2 * 32_768 * 512 * 4
 
 
 CHILD = """

@@ -11,6 +11,7 @@ batches of 512, logits of the last token.
 
 The machine has to be otherwise idle: llama.cpp's threads wait for one another by spinning, and with
 anything else on the cores they lose most of their speed.  The load average at the start is printed.
+So is the correlation of the two engines' logits, to show that they compute the same model.
 """
 
 from __future__ import annotations
@@ -196,8 +197,8 @@ def processor() -> str:
 def as_markdown(report: dict) -> str:
     lines = [f"{report['model']}; {report['processor']}; medians of {report['rounds']} rounds; "
              f"load average before: {report['load_average']}", "; ".join(report["versions"]), "",
-             "| test | threads | pyengine t/s | llama.cpp t/s | ratio | single rounds | logits' correlation |",
-             "|------|--------:|-------------:|--------------:|------:|--------------:|--------------------:|"]
+             "| test | threads | pyengine t/s | llama.cpp t/s | ratio | single rounds | same logits |",
+             "|------|--------:|-------------:|--------------:|------:|--------------:|------------:|"]
     for row in report["rows"]:
         ours, theirs = (row[engine]["median_ts"] for engine in ENGINES)
         low, high = row["ratio_range"]

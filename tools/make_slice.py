@@ -149,7 +149,7 @@ def draw(rng, spec: Spec, kind: str) -> np.ndarray:
 
 
 def weight_std(spec: Spec) -> float:
-    """1/sqrt(columns) keeps activations of size 1; routers and gates are livelier with twice that."""
+    """1/sqrt(columns) keeps activations of size 1; routers and gates are livelier with twice it."""
     if spec.gguf == "token_embd.weight":
         return 1.0
     gain = 2.0 if spec.gguf.endswith(("ffn_gate_inp.weight", "ssm_alpha.weight")) else 1.0

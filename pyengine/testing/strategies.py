@@ -113,14 +113,24 @@ def lengths(format: Format, max_groups: int = 3):
     return whole if format.multiple % size == 0 else st.one_of(any_length, whole)
 
 
-@st.composite
-def matrices(draw, format: Format, max_rows: int = 3, max_groups: int = 3, kind=groups):
-    """float32 [rows, cols], C-contiguous; each group is drawn from `kind` by itself."""
-    rows, cols = draw(st.integers(1, max_rows)), draw(lengths(format, max_groups))
+@functools.lru_cache(maxsize=64)
+def matrices(format: Format, max_rows: int = 3, max_groups: int = 3, kind=groups):
+    """float32 [rows, cols], C-contiguous, of at most three different groups drawn from `kind`."""
+    size = format.group_size or 32 * max_groups
+    different = st.lists(kind(format, size), min_size=1, max_size=3)
+    return st.builds(functools.partial(_assemble, format), st.integers(1, max_rows),
+                     lengths(format, max_groups), different, seeds)
+
+
+def _assemble(format, rows, cols, different, seed):
+    parts = format.slices(cols)
+    # Seed 0, to which examples shrink, has the first group everywhere.
+    high = len(different) if seed else 1
+    which = np.random.default_rng(seed).integers(0, high, (rows, len(parts)))
     x = np.empty((rows, cols), np.float32)
-    for row in range(rows):
-        for part in format.slices(cols):
-            x[row, part] = draw(kind(format, part.stop - part.start))
+    for (row, i), choice in np.ndenumerate(which):
+        part = parts[i]
+        x[row, part] = different[choice][: part.stop - part.start]
     return x
 
 
