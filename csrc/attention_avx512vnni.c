@@ -1,4 +1,5 @@
 /* attention_avx512vnni.c - see attention_x86.h. */
+#define PE_AVX512
 #include "attention_x86.h"
 
 void pe_fill_avx512vnni_attention(pe_kernels *k)

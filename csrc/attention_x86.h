@@ -1,17 +1,14 @@
-/* attention_x86.h - scores eight positions at a time, the mix a band of columns at a time.
+/* attention_x86.h - scores eight positions at a time, the mix in tiles of positions by columns.
  *
  * Scores: the sixteen sums of a dot16 are one f32x16.  Four positions share the loads of the query
  * and give enough independent chains; two fours end in one tree, eight positions across.
- * Mix: a band's sums stay in registers while the positions go by.
+ * Mix: within a tile the columns' sums are registers, between tiles they wait in out.  All bands of
+ * a few positions come before the next ones, so that the values are read as they lie in memory.
  */
 #include "simd_x86.h"
 
-/* Registers of sixteen columns in a band of the mix. */
-#ifdef __AVX512F__
-#define BAND 16
-#else
-#define BAND 4
-#endif
+#define BAND 4       /* f32x16 in a band: the chains of additions that run side by side */
+#define POSITIONS 16 /* of a tile */
 
 /* Steps C, D and the last of dot16's tree for eight B, whose results land in the order given. */
 PE_INLINE __m256 trees(const __m256 b[8])
@@ -59,9 +56,16 @@ static void attention_scores(const float *query, const float *key, int64_t ld, i
             row[k] = key + pe_min(p + k, count - 1) * ld;
         dots4(query, row, n, b);
         dots4(query, row + 4, n, b + 4);
-        store8_part(score + p, _mm256_mul_ps(trees(b), _mm256_set1_ps(scale)), pe_min(8, count - p));
+        __m256 scaled = _mm256_mul_ps(trees(b), _mm256_set1_ps(scale));
+        store8_part(score + p, scaled, pe_min(8, count - p));
     }
 }
+
+typedef struct {
+    const float *e, *value;
+    int64_t ld, n;
+    float *out;
+} mix_args;
 
 static void load_f16(const uint16_t *half, int64_t n, float *x)
 {
@@ -72,31 +76,38 @@ static void load_f16(const uint16_t *half, int64_t n, float *x)
         x[i] = pe_f16_to_float(half[i]);
 }
 
-/* Columns [j, j + 16 * (vectors - 1) + last). */
-PE_INLINE void mix_band(const float *e, const float *value, int64_t ld, int64_t count, float *out,
-                        int64_t j, int vectors, int64_t last)
+/* Columns [j, j + 16 * (vectors - 1) + last) of positions [p0, p1). */
+PE_INLINE void mix_tile(const mix_args *m, int64_t p0, int64_t p1, int64_t j, int vectors,
+                        int64_t last)
 {
     f32x16 sum[BAND];
     for (int v = 0; v < vectors; v++)
-        sum[v] = f32x16_load(out + j + 16 * v, v < vectors - 1 ? 16 : last);
-    for (int64_t p = 0; p < count; p++) {
-        const float *row = value + p * ld + j;
-        const f32x16 weight = f32x16_all(e[p]);
+        sum[v] = f32x16_load(m->out + j + 16 * v, lanes_of(v, vectors, last));
+    for (int64_t p = p0; p < p1; p++) {
+        const float *row = m->value + p * m->ld + j;
+        const f32x16 e = f32x16_all(m->e[p]);
         for (int v = 0; v < vectors; v++) {
-            f32x16 x = f32x16_load(row + 16 * v, v < vectors - 1 ? 16 : last);
-            sum[v] = f32x16_add(sum[v], f32x16_mul(weight, x));
+            f32x16 x = f32x16_load(row + 16 * v, lanes_of(v, vectors, last));
+            sum[v] = f32x16_add(sum[v], f32x16_mul(e, x));
         }
     }
     for (int v = 0; v < vectors; v++)
-        f32x16_store(out + j + 16 * v, sum[v], v < vectors - 1 ? 16 : last);
+        f32x16_store(m->out + j + 16 * v, sum[v], lanes_of(v, vectors, last));
+}
+
+static void mix_positions(const mix_args *m, int64_t p0, int64_t p1)
+{
+    int64_t j = 0;
+    for (; j + 16 * BAND <= m->n; j += 16 * BAND)
+        mix_tile(m, p0, p1, j, BAND, 16);
+    for (; j < m->n; j += 16)
+        mix_tile(m, p0, p1, j, 1, pe_min(16, m->n - j));
 }
 
 static void attention_mix(const float *e, const float *value, int64_t ld, int64_t count, int64_t n,
                           float *out)
 {
-    int64_t j = 0;
-    for (; j + 16 * BAND <= n; j += 16 * BAND)
-        mix_band(e, value, ld, count, out, j, BAND, 16);
-    for (; j < n; j += 16)
-        mix_band(e, value, ld, count, out, j, 1, pe_min(16, n - j));
+    const mix_args m = {e, value, ld, n, out};
+    for (int64_t p = 0; p < count; p += POSITIONS)
+        mix_positions(&m, p, pe_min(p + POSITIONS, count));
 }

@@ -1,17 +1,15 @@
 /* delta_rule_x86.h - one step of the delta rule, a band of columns at a time.
  *
- * The columns of a state never meet, so a band goes through the whole step with its sums in
- * registers.  The state is read twice and written once: the first pass needs the decayed state only
- * for kv_mem, and the second makes the same product again rather than fetch it from memory.
+ * The columns of a state never meet, so a band goes through the whole step with its sums at hand.
+ * The state is read twice and written once: the first pass needs the decayed state only for kv_mem,
+ * and the second makes the same product again rather than fetch it from memory.
+ *
+ * A band is as wide as the model's rows (dv = 128), more than AVX2 has registers for.  A state that
+ * is not in cache is then read as it lies in memory; with half rows that takes half as long again.
  */
 #include "simd_x86.h"
 
-/* Registers of sixteen columns in a band: the sums of a band are the chains that run side by side. */
-#ifdef __AVX512F__
-#define BAND 8
-#else
-#define BAND 4
-#endif
+#define BAND 8 /* f32x16 in a band */
 
 typedef struct {
     float *state;
@@ -21,30 +19,40 @@ typedef struct {
     float *out;
 } delta_head;
 
-/* Columns [j, j + 16 * (vectors - 1) + last). */
-PE_INLINE void delta_band(const delta_head *h, int64_t j, int vectors, int64_t last)
+/* delta of columns [j, j + 16 * (vectors - 1) + last). */
+PE_INLINE void recall_band(const delta_head *h, int64_t j, int vectors, int64_t last,
+                           f32x16 delta[BAND])
 {
     const f32x16 decay = f32x16_all(h->decay), beta = f32x16_all(h->beta);
-    f32x16 delta[BAND], out[BAND];
+    f32x16 kv_mem[BAND];
     for (int v = 0; v < vectors; v++)
-        delta[v] = out[v] = f32x16_all(NOTHING);
+        kv_mem[v] = f32x16_nothing();
     for (int64_t i = 0; i < h->dk; i++) {
         const float *s = h->state + i * h->dv + j;
         const f32x16 key = f32x16_all(h->key[i]);
         for (int v = 0; v < vectors; v++) {
-            f32x16 decayed = f32x16_mul(f32x16_load(s + 16 * v, v < vectors - 1 ? 16 : last), decay);
-            delta[v] = f32x16_add(delta[v], f32x16_mul(decayed, key));
+            f32x16 old = f32x16_load(s + 16 * v, lanes_of(v, vectors, last));
+            kv_mem[v] = f32x16_add(kv_mem[v], f32x16_mul(f32x16_mul(old, decay), key));
         }
     }
     for (int v = 0; v < vectors; v++) {
-        f32x16 value = f32x16_load(h->value + j + 16 * v, v < vectors - 1 ? 16 : last);
-        delta[v] = f32x16_mul(f32x16_sub(value, delta[v]), beta);
+        f32x16 value = f32x16_load(h->value + j + 16 * v, lanes_of(v, vectors, last));
+        delta[v] = f32x16_mul(f32x16_sub(value, kv_mem[v]), beta);
     }
+}
+
+PE_INLINE void update_band(const delta_head *h, int64_t j, int vectors, int64_t last,
+                           const f32x16 delta[BAND])
+{
+    const f32x16 decay = f32x16_all(h->decay);
+    f32x16 out[BAND];
+    for (int v = 0; v < vectors; v++)
+        out[v] = f32x16_nothing();
     for (int64_t i = 0; i < h->dk; i++) {
         float *s = h->state + i * h->dv + j;
         const f32x16 key = f32x16_all(h->key[i]), query = f32x16_all(h->query[i]);
         for (int v = 0; v < vectors; v++) {
-            const int64_t lanes = v < vectors - 1 ? 16 : last;
+            const int64_t lanes = lanes_of(v, vectors, last);
             f32x16 decayed = f32x16_mul(f32x16_load(s + 16 * v, lanes), decay);
             f32x16 next = f32x16_add(decayed, f32x16_mul(key, delta[v]));
             f32x16_store(s + 16 * v, next, lanes);
@@ -52,7 +60,14 @@ PE_INLINE void delta_band(const delta_head *h, int64_t j, int vectors, int64_t l
         }
     }
     for (int v = 0; v < vectors; v++)
-        f32x16_store(h->out + j + 16 * v, out[v], v < vectors - 1 ? 16 : last);
+        f32x16_store(h->out + j + 16 * v, out[v], lanes_of(v, vectors, last));
+}
+
+PE_INLINE void delta_band(const delta_head *h, int64_t j, int vectors, int64_t last)
+{
+    f32x16 delta[BAND];
+    recall_band(h, j, vectors, last, delta);
+    update_band(h, j, vectors, last, delta);
 }
 
 static void delta_step(float *state, const float *key, const float *query, const float *value,

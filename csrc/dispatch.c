@@ -29,7 +29,8 @@ static int always(void) { return 1; }
 #ifdef PE_HAVE_AVX2
 static int have_avx2(void)
 {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("fma");
 }
 #endif
 

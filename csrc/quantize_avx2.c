@@ -1,7 +1,9 @@
-/* quantize_avx2.c - a group in steps of sixteen, what one register of int16 holds.  Bits without the
- * sign order as the magnitudes do, with infinity and NaN above all finite ones: one integer maximum
- * finds the greatest and tells whether it is finite.  Division bounds the rest, and AVX-512 divides
- * no faster. */
+/* quantize_avx2.c - a group in steps of sixteen, what one register of int16 holds.
+ *
+ * The bits of a float32 without its sign order as the magnitudes do, infinity and NaN above all
+ * finite ones: one integer maximum finds the greatest and tells whether it is finite.  Division
+ * bounds the rest, and AVX-512 divides no faster.
+ */
 #include "simd_x86.h"
 
 PE_INLINE __m256i magnitude_bits(__m256 v)

@@ -1,6 +1,6 @@
 /* simd_x86.h - the two shapes that the contracts speak of, as values: sixteen float32 (dot16) and
- * eight float64 (sum8).  With AVX-512 each is one register, with AVX2 a pair; a kernel written on
- * them (activations_x86.h, ...) is compiled once for each level.
+ * eight float64 (sum8).  Each is a pair of registers, or one where the including file defines
+ * PE_AVX512; a kernel written on them (activations_x86.h, ...) is compiled once for each level.
  *
  * Each operation rounds as its scalar form does, lane by lane: no FMA, no reassociation.
  * A "part" touches only its first n elements of memory: what lies beyond may be unreadable.
@@ -13,9 +13,6 @@
 #include <immintrin.h>
 
 #define PE_INLINE static inline __attribute__((always_inline))
-
-/* -0: NOTHING + x is x for every x, even -0.  A sum that starts with its first term may start here. */
-#define NOTHING (-0.0f)
 
 /* ---- eight float32: one register on both levels ---------------------------------------------- */
 
@@ -38,7 +35,7 @@ PE_INLINE void store8_part(float *p, __m256 v, int64_t n)
 
 /* ---- sixteen float32, eight float64 ---------------------------------------------------------- */
 
-#ifdef __AVX512F__
+#ifdef PE_AVX512
 
 typedef __m512 f32x16;
 typedef __m512d f64x8;
@@ -199,6 +196,15 @@ PE_INLINE f64x8 f64x8_pow2(f64x8 v) { return (f64x8){f64x4_pow2(v.lo), f64x4_pow
 PE_INLINE __m256d f64x8_fold(f64x8 a) { return _mm256_add_pd(a.lo, a.hi); }
 
 #endif
+
+/* Where an ascending sum may start: -0 + x is x for every x, even -0, as if it began with x. */
+PE_INLINE f32x16 f32x16_nothing(void) { return f32x16_all(-0.0f); }
+
+/* How much of vector v is meant where only the last of several may be short. */
+PE_INLINE int64_t lanes_of(int v, int vectors, int64_t last)
+{
+    return v < vectors - 1 ? 16 : last;
+}
 
 /* sum8's tree: B by the fold, then C[i] = B[i] + B[i+2], then C[0] + C[1]. */
 PE_INLINE double f64x8_tree(f64x8 a)

@@ -96,7 +96,7 @@ KINDS = (zero, sparse, constant, normal, outliers, mixed_magnitudes, subnormal, 
 @functools.lru_cache(maxsize=512)  # making a strategy takes longer than drawing from it
 def groups(format: Format, n: int | None = None):
     """One group, float32 [n] (default: a whole group), of any of the KINDS."""
-    n = n or format.group_size or 32
+    n = n or _usual(format)
     return st.one_of(*(kind(format, n) for kind in KINDS))
 
 
@@ -105,7 +105,7 @@ def groups(format: Format, n: int | None = None):
 
 def lengths(format: Format, max_groups: int = 3):
     """Numbers of columns: whole groups, and short last ones where the format has them."""
-    size = format.group_size or 32
+    size = _usual(format)
     step = size * format.multiple // np.gcd(size, format.multiple)
     whole = st.integers(1, max(1, max_groups * size // step)).map(lambda n: n * step)
     any_length = st.integers(1, max(1, max_groups * size // format.multiple)).map(
@@ -116,7 +116,7 @@ def lengths(format: Format, max_groups: int = 3):
 @functools.lru_cache(maxsize=64)
 def matrices(format: Format, max_rows: int = 3, max_groups: int = 3, kind=groups):
     """float32 [rows, cols], C-contiguous, of at most three different groups drawn from `kind`."""
-    size = format.group_size or 32 * max_groups
+    size = format.group_size or _usual(format) * max_groups
     different = st.lists(kind(format, size), min_size=1, max_size=3)
     return st.builds(functools.partial(_assemble, format), st.integers(1, max_rows),
                      lengths(format, max_groups), different, seeds)
@@ -179,6 +179,11 @@ def scales(format: Format):
     high = min(100, int(np.log2(format.limit / format.largest)) - 1)
     middle = min(max(0, low), high)
     return st.one_of(_scales(precision, middle, middle), _scales(precision, low, high))
+
+
+def _usual(format):
+    """The group's size, or some length where the whole row is the group."""
+    return format.group_size or max(32, format.multiple)
 
 
 def _values(format):
