@@ -2,8 +2,8 @@
  *
  * Each is first computed in float64 with a relative error below 2^-51.  If 2^-50 either way would
  * round to the same float32, that is the answer; about one argument in 2^24 is too near a rounding
- * boundary for that (of silu's where the result is subnormal, half), and is computed again in double-double (about 100 bits).  No C library's exp or
- * log is called: those differ from one library to the next.
+ * boundary for that (half of them where silu is subnormal), and is computed again in double-double
+ * (about 100 bits).  No C library's exp or log is called: those differ from one to the next.
  *
  * tools/exhaustive_math.py checks all 2^32 arguments of each function on every instruction set.
  */

@@ -7,6 +7,7 @@ and `ffibuilder` from here.
 """
 
 import platform
+import sys
 from pathlib import Path
 
 import cffi
@@ -51,9 +52,27 @@ def relative(path):
     return f"csrc/{path.name}"
 
 
-HEADERS = [relative(path) for path in sorted(HERE.glob("*.h"))]
+def levels(machine=None):
+    """The instruction sets of which there are sources, and their flags."""
+    return {level: flags for level, flags in instruction_sets(machine).items() if sources_of(level)}
 
-LEVELS = {level: flags for level, flags in instruction_sets().items() if sources_of(level)}
+
+def defines(machine=None):
+    """What tells dispatch.c which levels it has."""
+    return [f"PE_HAVE_{level.upper()}" for level in levels(machine)]
+
+
+def print_compilations(machine=None):
+    """`source flags` lines: the whole core for a machine, for those who build it without Python."""
+    for name in SCALAR:
+        print(f"csrc/{name}.c", *FLAGS, *(f"-D{name}=1" for name in defines(machine)))
+    for level, flags in levels(machine).items():
+        for path in sources_of(level):
+            print(relative(path), *FLAGS, *flags)
+
+
+HEADERS = [relative(path) for path in sorted(HERE.glob("*.h"))]
+LEVELS = levels()
 
 libraries = [
     (f"pyengine_{level}",
@@ -79,8 +98,11 @@ ffibuilder.set_source(
     sources=[f"csrc/{name}.c" for name in SCALAR],
     depends=HEADERS,
     include_dirs=["csrc"],
-    define_macros=[(f"PE_HAVE_{level.upper()}", "1") for level in LEVELS],
+    define_macros=[(name, "1") for name in defines()],
     extra_compile_args=FLAGS,
     extra_link_args=["-pthread"],
     libraries=["m"],
 )
+
+if __name__ == "__main__":
+    print_compilations(*sys.argv[1:2])

@@ -1,0 +1,204 @@
+"""Runs the properties on a quantizer and says what came of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, find, settings
+from hypothesis.errors import HypothesisException, NoSuchExample
+
+from ..errors import InputError
+from . import faults
+from .format import Format
+from .properties import PROPERTIES, Property, Subject
+
+SELF_CHECK = 21
+SELF_CHECK_TITLE = "the suite can fail"
+SELF_CHECK_EQUATION = "Each property that holds fails when a fault that it forbids is planted."
+
+HOLDS, FAILS, NOT_APPLICABLE = "holds", "FAILS", "not applicable"
+AS_DECLARED, UNPROMISED = "fails, as declared", "holds, though not promised"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one property.
+
+    status   "holds", "FAILS", "not applicable", "fails, as declared" or "holds, though not promised"
+    detail   what is wrong in the smallest example, what is needed, or why it is not promised
+    example  the arguments of the smallest failing example (float32 arrays among them), or None
+    """
+
+    number: int
+    title: str
+    equation: str
+    status: str
+    detail: str = ""
+    example: Mapping | None = None
+
+    def __str__(self):
+        lines = [f"{self.number:2}  {self.title:34}  {self.status}"]
+        if self.detail:
+            lines.append(f"      {self.detail}")
+        if self.example:
+            lines += [f"      {name} = {_show(value)}" for name, value in self.example.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcomes by number; `print(report)` is a table.
+
+    ok        nothing fails that the format did not declare
+    failures  {number: Outcome} of what fails undeclared
+    """
+
+    format: Format
+    outcomes: Mapping[int, Outcome]
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    @property
+    def failures(self) -> dict[int, Outcome]:
+        return {n: outcome for n, outcome in self.outcomes.items() if outcome.status == FAILS}
+
+    def __getitem__(self, number: int) -> Outcome:
+        return self.outcomes[number]
+
+    def __str__(self):
+        return "\n".join(str(outcome) for outcome in self.outcomes.values())
+
+
+def check_quantizer(quantize: Callable, dequantize: Callable, format: Format, *,
+                    pack: Callable | None = None, unpack: Callable | None = None,
+                    save: Callable | None = None, load: Callable | None = None,
+                    from_q8_0: Callable | None = None,
+                    native: Mapping[str, Callable] | None = None,
+                    properties: Iterable[int] | None = None,
+                    examples: int = 60, seed: int = 1729, shrink: bool = True) -> Report:
+    """Try the 21 properties on a quantizer, each on `examples` generated inputs.
+
+    quantize(x)             x float32 [rows, cols], finite or not -> codes, scales: any integer
+                            dtype [rows, cols], any float dtype [rows, n_groups] (format.axis 1)
+    dequantize(codes, scales)  what quantize returned -> floats [rows, cols]
+    pack(codes), unpack(packed)  unpack may return more columns, which are padding
+    save(directory, codes, scales), load(directory)   load raises on a file that was damaged
+    from_q8_0(blocks)       uint8 [rows, cols / 32 * 34], llama.cpp's Q8_0 -> codes, scales
+    native                  {name: quantize}: other implementations, which must give the same bits
+    properties              numbers of those to try; all of them if None
+    shrink                  False: report the first failing example found, not the smallest
+
+    Whatever quantize raises is a failure of the property, except where property 15 wants an error.
+    The same arguments give the same report.  Errors: InputError (an argument).
+    """
+    wanted = _checked(properties, examples)
+    subject = Subject(quantize, dequantize, format, pack, unpack, save, load, from_q8_0, native or {})
+    outcomes = {}
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about overflow and NaN
+        for number in wanted:
+            if number != SELF_CHECK:
+                outcomes[number] = _try(PROPERTIES[number], subject, examples, seed, shrink)
+        if SELF_CHECK in wanted:
+            outcomes[SELF_CHECK] = _self_check(subject, outcomes, examples, seed)
+    return Report(format, dict(sorted(outcomes.items())))
+
+
+def _checked(properties, examples) -> list[int]:
+    wanted = sorted(set(range(1, SELF_CHECK + 1) if properties is None else properties))
+    unknown = [number for number in wanted if number not in range(1, SELF_CHECK + 1)]
+    if unknown:
+        raise InputError(f"properties: want numbers from 1 to {SELF_CHECK}, got {unknown[0]!r}")
+    if not isinstance(examples, int) or examples < 1:
+        raise InputError(f"examples: want a number from 1 on, got {examples!r}")
+    return wanted
+
+
+# ---- one property ----------------------------------------------------------------------------
+
+
+def _try(prop: Property, subject: Subject, examples, seed, shrink) -> Outcome:
+    lacking = prop.lacks(subject)
+    if lacking:
+        return _outcome(prop, NOT_APPLICABLE, lacking)
+    found = _find(prop, subject, examples, seed, shrink)
+    reason = subject.format.not_promised.get(prop.number)
+    if found is None:
+        return _outcome(prop, HOLDS if reason is None else UNPROMISED)
+    detail, example = found
+    if reason is not None:
+        return _outcome(prop, AS_DECLARED, f"{reason}: {detail}", example)
+    return _outcome(prop, FAILS, detail, example)
+
+
+def _outcome(prop, status, detail="", example=None):
+    return Outcome(prop.number, prop.title, prop.equation, status, detail, example)
+
+
+def _find(prop: Property, subject: Subject, examples, seed, shrink):
+    """-> (what is wrong, the example), of the smallest failing example; None if there is none."""
+    last = None
+
+    def fails(case):
+        nonlocal last
+        try:
+            wrong = prop.check(subject, **case)
+        except Exception as error:  # the quantizer's, on an input that it should take
+            wrong = f"raised {type(error).__name__}: {str(error):.300}"
+        if wrong:
+            last = wrong, case
+        return bool(wrong)
+
+    phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
+    options = settings(max_examples=max(1, math.ceil(examples / prop.cost)), database=None,
+                       deadline=None, phases=phases, suppress_health_check=list(HealthCheck))
+    try:
+        find(prop.cases(subject), fails, settings=options, random=Random(seed))
+    except NoSuchExample:
+        return None
+    except HypothesisException:
+        # A quantizer that is not a function of its input: the last failure seen is one all the same.
+        if last is None:
+            raise
+    return last
+
+
+# ---- property 21 -----------------------------------------------------------------------------
+
+
+def _self_check(subject: Subject, outcomes, examples, seed) -> Outcome:
+    tried = [n for n, outcome in outcomes.items() if outcome.status in (HOLDS, UNPROMISED)]
+    if not tried:
+        return Outcome(SELF_CHECK, SELF_CHECK_TITLE, SELF_CHECK_EQUATION, NOT_APPLICABLE,
+                       "needs a property that holds")
+    blind = [n for n in tried
+             if _find(PROPERTIES[n], faults.broken(subject, n), examples, seed, False) is None]
+    reason = subject.format.not_promised.get(SELF_CHECK)
+    if not blind:
+        status, detail = HOLDS if reason is None else UNPROMISED, ""
+    else:
+        status = FAILS if reason is None else AS_DECLARED
+        detail = ("with a planted fault these still hold: "
+                  + ", ".join(f"{n} ({PROPERTIES[n].title})" for n in blind))
+    return Outcome(SELF_CHECK, SELF_CHECK_TITLE, SELF_CHECK_EQUATION, status, detail)
+
+
+# ---- examples in words -----------------------------------------------------------------------
+
+
+def _show(value, most: int = 6) -> str:
+    """Arrays as their shape and first values that are not zero."""
+    if not isinstance(value, np.ndarray):
+        return repr(value)
+    places = np.argwhere(value != 0)
+    items = [f"[{', '.join(map(str, place))}] = {value[tuple(place)]!s}" for place in places[:most]]
+    rest = f", and {len(places) - most} more" if len(places) > most else ""
+    return f"{value.dtype} {list(value.shape)}, " + (
+        f"zeros but {', '.join(items)}{rest}" if items else "zeros")
