@@ -27,11 +27,17 @@ void pe_fill_scalar(pe_kernels *k)
 static int always(void) { return 1; }
 
 #ifdef PE_HAVE_AVX2
-static int have_avx2(void)
+#include <cpuid.h>
+
+/* Every processor with AVX2 so far has both, but it is not the same bit; and clang 14 has no name
+ * for the first. */
+static int have_f16c_and_fma(void)
 {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-           __builtin_cpu_supports("fma");
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) && (ecx & bit_FMA);
 }
+
+static int have_avx2(void) { return __builtin_cpu_supports("avx2") && have_f16c_and_fma(); }
 #endif
 
 #ifdef PE_HAVE_AVX512VNNI

@@ -107,7 +107,7 @@ def _pair(result):
 
 @dataclass(frozen=True)
 class Property:
-    """number and title; cases: Subject -> strategy of keyword arguments; needs: what the Subject
+    """number and title; cases: Format -> strategy of keyword arguments; needs: what the Subject
     must have; cost: how many times as long as others one example takes."""
 
     number: int
@@ -134,14 +134,13 @@ class Property:
 PROPERTIES: dict[int, Property] = {}
 
 
-def _any_matrix(subject):
-    return st.fixed_dictionaries({"x": strategies.matrices(subject.format)})
+def _any_matrix(format):
+    return st.fixed_dictionaries({"x": strategies.matrices(format)})
 
 
 def _matrix_and(**others):
     """Cases of a matrix and whatever each of the strategies gives."""
-    return lambda subject: st.fixed_dictionaries(
-        {"x": strategies.matrices(subject.format), **others})
+    return lambda format: st.fixed_dictionaries({"x": strategies.matrices(format), **others})
 
 
 def _property(number, title, cases=_any_matrix, needs=(), cost=1):
@@ -198,9 +197,9 @@ def nearest_code(subject, x):
     return _first(~(distance <= np.minimum(below, above)), x, q, "another code is nearer")
 
 
-@_property(5, "ties", cases=lambda subject: st.fixed_dictionaries(
-    {"scale": strategies.scales(subject.format),
-     "j": st.integers(0, subject.format.largest - 1), "sign": st.sampled_from([1, -1])}))
+@_property(5, "ties", cases=lambda format: st.fixed_dictionaries(
+    {"scale": strategies.scales(format),
+     "j": st.integers(0, format.largest - 1), "sign": st.sampled_from([1, -1])}))
 def ties(subject, scale, j, sign):
     """x = (j + 1/2) * s goes to the even code, or away from zero, as declared; one ulp less goes to
     j, one ulp more to j + 1.
@@ -278,8 +277,8 @@ def again(subject, x):
     return _compare(x, first, second, where=where, slack=ulp)
 
 
-@_property(16, "subnormal groups", cases=lambda subject: st.fixed_dictionaries(
-    {"x": strategies.matrices(subject.format, kind=strategies.subnormal)}))
+@_property(16, "subnormal groups", cases=lambda format: st.fixed_dictionaries(
+    {"x": strategies.matrices(format, kind=strategies.subnormal)}))
 def subnormal_groups(subject, x):
     """Groups of subnormal size give finite s and D, -M <= q <= M, and no code of the wrong sign."""
     q = subject(x)
@@ -308,8 +307,8 @@ def dot_products(subject, x, seed):
 # ---- groups against each other ---------------------------------------------------------------
 
 
-@_property(10, "a group for itself", cases=lambda subject: st.fixed_dictionaries(
-    {"x": strategies.matrices(subject.format), "other": strategies.groups(subject.format),
+@_property(10, "a group for itself", cases=lambda format: st.fixed_dictionaries(
+    {"x": strategies.matrices(format), "other": strategies.groups(format),
      "which": strategies.seeds}))
 def group_for_itself(subject, x, other, which):
     """Other values in one group change no other group's codes and scale."""
@@ -401,8 +400,8 @@ def _layouts(x):
 # ---- bytes and files -------------------------------------------------------------------------
 
 
-@_property(14, "packing", needs=("pack", "unpack"), cases=lambda subject: st.fixed_dictionaries(
-    {"codes": strategies.code_matrices(subject.format)}))
+@_property(14, "packing", needs=("pack", "unpack"), cases=lambda format: st.fixed_dictionaries(
+    {"codes": strategies.code_matrices(format)}))
 def packing(subject, codes):
     """unpack(pack(q)) = q, for every pair of codes; columns beyond q's are padding, and codes of 0."""
     columns = max(2, subject.format.multiple)
@@ -464,8 +463,8 @@ def same_bits(subject, x):
     return None
 
 
-@_property(18, "from Q8_0", needs=("from_q8_0",), cases=lambda subject: st.fixed_dictionaries(
-    {"blocks": strategies.q8_0_blocks(subject.format)}))
+@_property(18, "from Q8_0", needs=("from_q8_0",), cases=lambda format: st.fixed_dictionaries(
+    {"blocks": strategies.q8_0_blocks(format)}))
 def from_q8_0(subject, blocks):
     """from_q8_0(blocks) = quantize(dequantised blocks)."""
     x = q8_0_values(blocks)

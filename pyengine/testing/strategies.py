@@ -80,7 +80,8 @@ def ties(format: Format, n: int):
 def extreme_scales(format: Format, n: int):
     """Largest values at the ends of the scale's range: greatest, least normal, least, half of that."""
     ends = [format.greatest_scale, format.least_normal_scale, format.least_scale]
-    factors = [1, 0.5, 0.25, 0.75, 1.25, 1.5, 2.5, 1 - 2**-12, 1 + 2**-12]
+    factors = [1, 0.5, 0.25, 0.75, 1.25, 1.5, 2.5, 1 - 2**-12, 1 + 2**-12,
+               1 + 1 / format.largest]
     def build(end, factor, sign, items):
         largest = min(end * factor * format.largest, format.limit)
         x = _scatter(n, {i: value * largest for i, value in items.items()})
