@@ -61,6 +61,19 @@ ALWAYS_INLINE int64_t bytes_of(int type, int64_t n)
     }
 }
 
+/* Into the nearest cache, or the second one. */
+ALWAYS_INLINE void prefetch1(const uint8_t *p, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += 64)
+        _mm_prefetch((const char *)p + i, _MM_HINT_T0);
+}
+
+ALWAYS_INLINE void prefetch2(const uint8_t *p, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += 64)
+        _mm_prefetch((const char *)p + i, _MM_HINT_T1);
+}
+
 /* ---- few tokens ------------------------------------------------------------------------------ */
 
 ALWAYS_INLINE __m256i widen8(const void *codes)
@@ -109,13 +122,6 @@ ALWAYS_INLINE __m256i fold4(__m256i a, __m256i b, __m256i c, __m256i d)
 ALWAYS_INLINE __m128i fold_lanes(__m256i v)
 {
     return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-}
-
-/* Into the nearest cache. */
-ALWAYS_INLINE void prefetch(const uint8_t *p, int64_t bytes)
-{
-    for (int64_t i = 0; i < bytes; i += 64)
-        _mm_prefetch((const char *)p + i, _MM_HINT_T0);
 }
 
 /* For nibbles: each 32 columns of q as the 16 even ones, then the 16 odd ones, as they meet the lower
@@ -227,8 +233,10 @@ ALWAYS_INLINE void few_rows(int type, const pe_matrix *w, int64_t r, int64_t n,
             f.row[i] = row + pe_min(i, n - 1) * row_bytes;
         __m128 sum = _mm_setzero_ps();
         for (int64_t g = 0; g < full; g++) {
-            if (t == 0)
-                prefetch(next + g * ROWS * bytes, ROWS * bytes);
+            if (t == 0 && type == PE_INT8) /* by measurement */
+                prefetch2(next + g * ROWS * bytes, ROWS * bytes);
+            else if (t == 0)
+                prefetch1(next + g * ROWS * bytes, ROWS * bytes);
             sum = _mm_add_ps(sum, few_part(type, &f, g, g * bytes));
         }
         if (full < groups) {
@@ -254,7 +262,7 @@ ALWAYS_INLINE void matmul_few(int type, const pe_matrix *w, int64_t row0, int64_
     for (int64_t r = row0; r < row1; r += ROWS) {
         if (type != PE_Q8_0 && r % SCALES_AHEAD == 0)
             for (int64_t g = 0; g < groups; g++)
-                prefetch((const uint8_t *)(w->scales + g * w->scale_ld + r + SCALES_AHEAD), 1);
+                prefetch1((const uint8_t *)(w->scales + g * w->scale_ld + r + SCALES_AHEAD), 1);
         few_rows(type, w, r, pe_min(ROWS, row1 - r), a, q, excess, y, ldy);
     }
 }
@@ -425,10 +433,11 @@ ALWAYS_INLINE void tile_times_chunk(int type, const tile *w, const int16_t *q, i
     }
 }
 
-/* Rows [r, r + rows) of w, at most TILE, times tokens [t0, t0 + n), at most CHUNK. */
+/* Rows [r, r + rows) of w, at most TILE, times tokens [t0, t0 + n), at most CHUNK.  next: the tile to
+ * be used next, if it is not in a cache. */
 ALWAYS_INLINE void matmul_tile(int type, const pe_matrix *w, int64_t r, int64_t rows,
                                const pe_activations *a, int64_t t0, int64_t n, float *y,
-                               int64_t ldy)
+                               int64_t ldy, const uint8_t *next)
 {
     const int64_t groups = pe_groups(w->cols), ld = groups * PE_GROUP;
     const int64_t group_bytes = bytes_of(type, PE_GROUP), row_bytes = bytes_of(type, w->cols);
@@ -449,6 +458,8 @@ ALWAYS_INLINE void matmul_tile(int type, const pe_matrix *w, int64_t r, int64_t 
                 memcpy(last[i], row[i], (size_t)(row_bytes - g * group_bytes));
                 row[i] = last[i];
             }
+        if (next) /* while this tile is used, the next one is fetched, in storage order */
+            prefetch2(next + g * TILE * group_bytes, TILE * group_bytes);
         pack_scales(type, row, w->scales ? w->scales + g * w->scale_ld + r : NULL, rows, &packed);
         pack_tile(type, row, &packed);
         tile_times_chunk(type, &packed, q + g * PE_GROUP, ld, s_x + g, groups, sum, n);
@@ -466,10 +477,15 @@ ALWAYS_INLINE void matmul_group_type(int type, const pe_matrix *w, int64_t row0,
         matmul_few(type, w, row0, row1, a, y, ldy);
         return;
     }
+    const int64_t row_bytes = bytes_of(type, w->cols);
     for (int64_t t = 0; t < a->tokens; t += CHUNK)
-        for (int64_t r = row0; r < row1; r += TILE)
+        for (int64_t r = row0; r < row1; r += TILE) {
+            const uint8_t *next = t == 0 && r + TILE < row1
+                                      ? (const uint8_t *)w->data + (r + TILE) * row_bytes
+                                      : NULL;
             matmul_tile(type, w, r, pe_min(TILE, row1 - r), a, t, pe_min(CHUNK, a->tokens - t), y,
-                        ldy);
+                        ldy, next);
+        }
 }
 
 static void matmul_q8_0(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,

@@ -61,6 +61,19 @@ ALWAYS_INLINE int64_t bytes_of(int type, int64_t n)
     }
 }
 
+/* Into the nearest cache, or the second one. */
+ALWAYS_INLINE void prefetch1(const uint8_t *p, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += 64)
+        _mm_prefetch((const char *)p + i, _MM_HINT_T0);
+}
+
+ALWAYS_INLINE void prefetch2(const uint8_t *p, int64_t bytes)
+{
+    for (int64_t i = 0; i < bytes; i += 64)
+        _mm_prefetch((const char *)p + i, _MM_HINT_T1);
+}
+
 /* ---- few tokens ------------------------------------------------------------------------------ */
 
 ALWAYS_INLINE __m512i widen8(const void *codes)
@@ -107,13 +120,6 @@ ALWAYS_INLINE __m128i fold_lanes(__m512i v)
 {
     __m256i h = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
     return _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-}
-
-/* Into the nearest cache. */
-ALWAYS_INLINE void prefetch(const uint8_t *p, int64_t bytes)
-{
-    for (int64_t i = 0; i < bytes; i += 64)
-        _mm_prefetch((const char *)p + i, _MM_HINT_T0);
 }
 
 /* For nibbles: each 64 columns of q as the 32 even ones, then the 32 odd ones, as they meet the lower
@@ -230,8 +236,10 @@ ALWAYS_INLINE void few_rows(int type, const pe_matrix *w, int64_t r, int64_t n,
             f.row[i] = row + pe_min(i, n - 1) * row_bytes;
         __m128 sum = _mm_setzero_ps();
         for (int64_t g = 0; g < full; g++) {
-            if (t == 0)
-                prefetch(next + g * ROWS * bytes, ROWS * bytes);
+            if (t == 0 && type == PE_INT8) /* by measurement */
+                prefetch2(next + g * ROWS * bytes, ROWS * bytes);
+            else if (t == 0)
+                prefetch1(next + g * ROWS * bytes, ROWS * bytes);
             sum = _mm_add_ps(sum, few_part(type, &f, g, g * bytes));
         }
         if (full < groups) {
@@ -257,7 +265,7 @@ ALWAYS_INLINE void matmul_few(int type, const pe_matrix *w, int64_t row0, int64_
     for (int64_t r = row0; r < row1; r += ROWS) {
         if (type != PE_Q8_0 && r % SCALES_AHEAD == 0)
             for (int64_t g = 0; g < groups; g++)
-                prefetch((const uint8_t *)(w->scales + g * w->scale_ld + r + SCALES_AHEAD), 1);
+                prefetch1((const uint8_t *)(w->scales + g * w->scale_ld + r + SCALES_AHEAD), 1);
         few_rows(type, w, r, pe_min(ROWS, row1 - r), a, q, excess, y, ldy);
     }
 }
@@ -269,16 +277,19 @@ typedef struct {
     __m512 scale[BLOCKS][2];  /* INT8, INT4: only [0] */
 } tile;
 
+ALWAYS_INLINE __m256i load_two(const uint8_t *low, const uint8_t *high)
+{
+    return _mm256_set_m128i(_mm_loadu_si128((const void *)high), _mm_loadu_si128((const void *)low));
+}
+
 /* 16 bytes of each of 16 rows: o[j] holds bytes 4j .. 4j+3 of all, rows in lanes. */
 ALWAYS_INLINE void gather16(const uint8_t *const *row, int64_t at, __m512i o[4])
 {
     __m512i v[4];
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(row[i] + at)));
-        v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128((const void *)(row[4 + i] + at)), 1);
-        v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128((const void *)(row[8 + i] + at)), 2);
-        v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128((const void *)(row[12 + i] + at)), 3);
-    }
+    for (int i = 0; i < 4; i++)
+        v[i] = _mm512_inserti64x4(
+            _mm512_castsi256_si512(load_two(row[i] + at, row[4 + i] + at)),
+            load_two(row[8 + i] + at, row[12 + i] + at), 1);
     __m512i lo01 = _mm512_unpacklo_epi32(v[0], v[1]), hi01 = _mm512_unpackhi_epi32(v[0], v[1]);
     __m512i lo23 = _mm512_unpacklo_epi32(v[2], v[3]), hi23 = _mm512_unpackhi_epi32(v[2], v[3]);
     o[0] = _mm512_unpacklo_epi64(lo01, lo23);
@@ -291,11 +302,13 @@ ALWAYS_INLINE void gather16(const uint8_t *const *row, int64_t at, __m512i o[4])
 ALWAYS_INLINE void pack8(const uint8_t *const *row, int64_t at, __m512i (*pairs)[2], int h)
 {
     const __m512i swap = _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200);
+    const __m512i byte = _mm512_set1_epi16(0xff), sign = _mm512_set1_epi16(0x80);
     __m512i o[4];
     gather16(row, at, o);
     for (int j = 0; j < 4; j++) {
         __m512i x = _mm512_shuffle_epi8(o[j], swap); /* 16-bit halves: (c0, c2), (c1, c3) */
-        pairs[2 * j][h] = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
+        __m512i c01 = _mm512_ternarylogic_epi32(x, byte, sign, 0x6a); /* (x & byte) ^ sign */
+        pairs[2 * j][h] = _mm512_sub_epi16(c01, sign);
         pairs[2 * j + 1][h] = _mm512_srai_epi16(x, 8);
     }
 }
@@ -435,10 +448,11 @@ ALWAYS_INLINE void tile_times_chunk(int type, const tile *w, const int16_t *q, i
     }
 }
 
-/* Rows [r, r + rows) of w, at most TILE, times tokens [t0, t0 + n), at most CHUNK. */
+/* Rows [r, r + rows) of w, at most TILE, times tokens [t0, t0 + n), at most CHUNK.  next: the tile to
+ * be used next, if it is not in a cache. */
 ALWAYS_INLINE void matmul_tile(int type, const pe_matrix *w, int64_t r, int64_t rows,
                                const pe_activations *a, int64_t t0, int64_t n, float *y,
-                               int64_t ldy)
+                               int64_t ldy, const uint8_t *next)
 {
     const int64_t groups = pe_groups(w->cols), ld = groups * PE_GROUP;
     const int64_t group_bytes = bytes_of(type, PE_GROUP), row_bytes = bytes_of(type, w->cols);
@@ -459,6 +473,8 @@ ALWAYS_INLINE void matmul_tile(int type, const pe_matrix *w, int64_t r, int64_t 
                 memcpy(last[i], row[i], (size_t)(row_bytes - g * group_bytes));
                 row[i] = last[i];
             }
+        if (next) /* while this tile is used, the next one is fetched, in storage order */
+            prefetch2(next + g * TILE * group_bytes, TILE * group_bytes);
         pack_scales(type, row, w->scales ? w->scales + g * w->scale_ld + r : NULL, rows, &packed);
         pack_tile(type, row, &packed);
         tile_times_chunk(type, &packed, q + g * PE_GROUP, ld, s_x + g, groups, sum, n);
@@ -476,10 +492,15 @@ ALWAYS_INLINE void matmul_group_type(int type, const pe_matrix *w, int64_t row0,
         matmul_few(type, w, row0, row1, a, y, ldy);
         return;
     }
+    const int64_t row_bytes = bytes_of(type, w->cols);
     for (int64_t t = 0; t < a->tokens; t += CHUNK)
-        for (int64_t r = row0; r < row1; r += TILE)
+        for (int64_t r = row0; r < row1; r += TILE) {
+            const uint8_t *next = t == 0 && r + TILE < row1
+                                      ? (const uint8_t *)w->data + (r + TILE) * row_bytes
+                                      : NULL;
             matmul_tile(type, w, r, pe_min(TILE, row1 - r), a, t, pe_min(CHUNK, a->tokens - t), y,
-                        ldy);
+                        ldy, next);
+        }
 }
 
 static void matmul_q8_0(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,

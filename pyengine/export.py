@@ -14,7 +14,8 @@ A weight is code * scale, the same product as in the source, to the bit.  What d
 * The routed experts lie apart, `mlp.experts.7.gate_proj` and its like: so vLLM and transformers
   look for them; the format has no stack.
 * The router is a float32 `mlp.gate.weight` with the values of code * scale.  Its class is no Linear
-  in transformers, so that compressed-tensors would not unpack it.
+  in transformers, so that compressed-tensors would not unpack it.  The same happens to whatever else
+  of `FLOATS` a checkpoint has quantised; ours has the rest of them as floats already.
 * A group must divide the columns.  Where 128 does not, every linear has the smaller groups that do,
   with the scale of the group of 128 that they lie in.
 
@@ -43,7 +44,9 @@ SMALLEST_GROUP = 32  # servers' kernels have none below
 BITS = {"INT8": 8, "INT4": 4}
 SOURCE_PROVENANCE = "noesis_source_provenance.json"
 
-# Linears without packed weights, as compressed-tensors names them: lm_head and what it must not touch.
+# Without packed weights, by the end of the name; and the linears among them in compressed-tensors' words.
+FLOATS = ("embed_tokens.weight", "lm_head.weight", "in_proj_a.weight", "in_proj_b.weight",
+          "mlp.gate.weight", "shared_expert_gate.weight")
 IGNORE = ["lm_head", r"re:.*\.in_proj_a$", r"re:.*\.in_proj_b$", r"re:.*\.mlp\.gate$",
           r"re:.*\.shared_expert_gate$"]
 
@@ -131,11 +134,7 @@ def _group_size(checkpoint: Checkpoint) -> int:
 
 
 def _is_packed(tensor: Tensor) -> bool:
-    return tensor.type in BITS and not _is_router(tensor)
-
-
-def _is_router(tensor: Tensor) -> bool:
-    return tensor.name.endswith("mlp.gate.weight")
+    return tensor.type in BITS and not tensor.name.endswith(FLOATS)
 
 
 # ---- what is written -------------------------------------------------------------------------
@@ -154,7 +153,7 @@ def _units(checkpoint: Checkpoint, group: int) -> list[tuple[Entry, ...]]:
 def _units_of(name: str, tensor: Tensor, group: int) -> list[tuple[Entry, ...]]:
     if tensor.type not in BITS:
         return [(Entry(name, tensor.type, tensor.shape, lambda: tensor.data),)]
-    if _is_router(tensor):
+    if not _is_packed(tensor):
         return [(Entry(name, "F32", tensor.shape, tensor.stored_float32),)]
     if len(tensor.shape) == 2:
         return [_packed(name.removesuffix(".weight"), tensor, None, group)]
