@@ -34,7 +34,7 @@ from pyengine.tokenizer import (
 tokenizers = pytest.importorskip("tokenizers")
 
 GOLDEN = Path(__file__).parent / "golden" / "pattern31.gguf"
-FIXTURE = Path(__file__).parents[2] / "shared" / "fixtures" / "qwen35moe-a"
+FIXTURE = Path(__file__).parent / "converter"
 needs_fixture = pytest.mark.skipif(not FIXTURE.exists(), reason=f"no {FIXTURE}")
 
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}

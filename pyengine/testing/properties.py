@@ -167,13 +167,12 @@ def scales_of_zero(subject, x):
     Where the format declares another scale for a group of zeros, that one.
     """
     q, format = subject(x), subject.format
-    zero = np.stack([~x[:, part].any(axis=1) for part in format.slices(x.shape[1])], axis=1)
-    wrong = ~np.isfinite(q.scales) | (q.scales < 0) | (~zero & (q.scales == 0))
+    zero = ~_nonzero_groups(x, format)
+    wrong = ~np.isfinite(q.s) | (q.s < 0) | (~zero & (q.s == 0))
     if format.zero_scale is not None:
-        wrong |= zero & (q.scales != format.zero_scale)
-    found = _first(format.per_column(wrong, x.shape[1]), x, q, "the scale")
-    odd = format.per_column(np.isfinite(q.scales) & ~format.can_store(q.scales), x.shape[1])
-    return found or _first(odd, x, q, f"no {format.scale_dtype}")
+        wrong |= zero & (q.s != format.zero_scale)
+    odd = np.isfinite(q.s) & ~format.can_store(q.s)
+    return _first(wrong, x, q, "the scale") or _first(odd, x, q, f"no {format.scale_dtype}")
 
 
 @_property(3, "nothing clips")
@@ -237,9 +236,8 @@ def powers_of_two(subject, x, k):
     fits = (np.ldexp(scaled, -k) == x) & (abs(scaled) <= format.limit)
     x, scaled = np.where(fits, x, np.float32(0)), np.where(fits, scaled, 0).astype(np.float32)
     before, after = subject(x), subject(scaled)
-    normal = np.minimum(before.s, after.s) >= format.least_normal_scale
-    expected = before._replace(s=np.ldexp(before.s, k))
-    return _compare(x, expected, after, where=normal)
+    where = _nonzero_groups(x, format) & (np.minimum(before.s, after.s) >= format.least_normal_scale)
+    return _compare(x, before._replace(s=np.ldexp(before.s, k)), after, where=where)
 
 
 @_property(8, "order")
@@ -271,8 +269,7 @@ def again(subject, x):
     if format.scale_returns == "normal":
         where = first.s >= format.least_normal_scale
     else:
-        nonzero = [first.codes[:, part].any(axis=1) for part in format.slices(x.shape[1])]
-        where = format.per_column(np.stack(nonzero, axis=1), x.shape[1])
+        where = _nonzero_groups(first.codes, format)
     ulp = np.spacing(_float32(first.s)) if format.scale_dtype == "float32" else 0
     return _compare(x, first, second, where=where, slack=ulp)
 
@@ -552,6 +549,12 @@ def _row(subject, values) -> np.ndarray:
     x = np.zeros((1, length), np.float32)
     x[0, : len(values)] = values
     return x
+
+
+def _nonzero_groups(values, format) -> np.ndarray:
+    """bool [rows, cols]: whether anything in the element's group is not zero."""
+    groups = [values[:, part].any(axis=1) for part in format.slices(values.shape[1])]
+    return format.per_column(np.stack(groups, axis=1), values.shape[1])
 
 
 def _float32(values) -> np.ndarray:

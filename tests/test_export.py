@@ -1,0 +1,215 @@
+"""A quantised checkpoint as compressed-tensors' `pack-quantized`: the same values to the bit."""
+
+import json
+
+import numpy as np
+import pytest
+from rewrite import GOLDEN
+
+from pyengine.checkpoint import open_checkpoint
+from pyengine.errors import CheckpointError, InputError
+from pyengine.export import export_compressed_tensors, scales_of_groups
+from pyengine.files.safetensors import SafetensorsDirectory, SafetensorsWriter
+from pyengine.quantize import quantize
+
+TWINS = [(name, bits) for name in ("pattern31", "nextn") for bits in (8, 4)]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """{(model, bits): (our directory, what was exported from it)}"""
+    root, found = tmp_path_factory.mktemp("export"), {}
+    for name, bits in TWINS:
+        if bits == 8:
+            quantize(GOLDEN / f"{name}.gguf", root / f"{name}-8", root / f"{name}-4")
+        source, packed = root / f"{name}-{bits}", root / f"{name}-{bits}-packed"
+        export_compressed_tensors(source, packed)
+        found[name, bits] = source, packed
+    return found
+
+
+def tensors_of(directory):
+    return {name: view.data for name, view in SafetensorsDirectory.open(directory).tensors.items()}
+
+
+def weights_args(directory):
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    return config["config_groups"]["group_0"]["weights"]
+
+
+def values_of_source(directory):
+    """{name in the export: float64 values}, the experts apart."""
+    values = {}
+    for name, tensor in open_checkpoint(directory).tensors.items():
+        stem, part = name.rsplit(".", 1)
+        if stem.endswith(".experts"):
+            values |= {f"{stem}.{e}.{part}.weight": tensor.float64(e) for e in range(tensor.shape[0])}
+        else:
+            values[name] = tensor.float64()
+    return values
+
+
+# ---- to the bit ------------------------------------------------------------------------------
+
+
+def unpack(words, shape, bits):
+    """int32 [rows, words] -> codes [rows, cols]: bit by bit, as the layout is described."""
+    rows, cols = shape
+    codes = np.zeros((rows, cols), np.int64)
+    for col in range(cols):
+        word = words[:, col * bits // 32].astype(np.int64) & 0xFFFFFFFF
+        codes[:, col] = (word >> (col * bits % 32)) & ((1 << bits) - 1)
+    return codes - (1 << (bits - 1))
+
+
+def unpacked_by_numpy(tensors, args):
+    """Every weight of an export in float32: our own reading of the layout, none of pyengine's code."""
+    values = {name: as_float(array) for name, array in tensors.items()
+              if name.endswith((".weight", ".A_log", ".dt_bias"))}
+    for name in [name for name in tensors if name.endswith(".weight_packed")]:
+        stem = name.removesuffix("_packed")
+        codes = unpack(tensors[name], tensors[f"{stem}_shape"], args["num_bits"])
+        scales = np.repeat(tensors[f"{stem}_scale"], args["group_size"], axis=1)
+        values[stem] = codes.astype(np.float32) * scales
+    return values
+
+
+def as_float(array):
+    return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_an_independent_unpacking_gives_the_same_values(exported, twin):
+    source, packed = exported[twin]
+    want = values_of_source(source)
+    got = unpacked_by_numpy(tensors_of(packed), weights_args(packed))
+    assert set(got) == set(want)
+    for name, values in want.items():
+        assert np.array_equal(got[name].reshape(values.shape), values), name
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("twin", TWINS)
+def test_compressed_tensors_own_unpacking_gives_the_same_values(exported, twin):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    source, packed = exported[twin]
+    said = json.loads((packed / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(said)
+    compressor = BaseCompressor.get_value_from_registry(config.format)
+    tensors, want = tensors_of(packed), values_of_source(source)
+    stems = [n.removesuffix("_packed") for n in tensors if n.endswith(".weight_packed")]
+    assert stems
+    for stem in stems:
+        parts = {f"weight_{part}": torch.from_numpy(tensors[f"{stem}_{part}"].copy())
+                 for part in ("packed", "scale", "shape")}
+        got = compressor.decompress(parts, config.config_groups["group_0"])["weight"]
+        assert np.array_equal(got.double().numpy(), want[stem]), stem
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("twin", TWINS)
+def test_transformers_loads_it_with_the_same_weights(exported, twin):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    source, packed = exported[twin]
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        packed, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        model(input_ids=torch.arange(4)[None])  # unpacks what is not unpacked yet
+    state, checkpoint = model.state_dict(), open_checkpoint(source)
+    for name, tensor in checkpoint.tensors.items():
+        want = torch.from_numpy(tensor.float64())
+        if name.endswith("experts.gate_proj"):
+            up = checkpoint.tensors[name.replace("gate_proj", "up_proj")].float64()
+            want = torch.cat([want, torch.from_numpy(up)], dim=1)
+            name = name.replace("gate_proj", "gate_up_proj")
+        if not name.endswith("experts.up_proj"):
+            assert torch.equal(state[name].double().reshape(want.shape), want), name
+
+
+# ---- the files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_names_dtypes_and_what_config_says(exported, twin):
+    _, packed = exported[twin]
+    tensors, (_, bits) = tensors_of(packed), twin
+    args = weights_args(packed)
+    assert args == {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group",
+                    "group_size": 32, "dynamic": False}
+    stem = "model.layers.0.mlp.experts.3.down_proj.weight"
+    rows, cols = tensors[f"{stem}_shape"]
+    assert tensors[f"{stem}_shape"].dtype == np.int64
+    assert tensors[f"{stem}_packed"].shape == (rows, cols * bits // 32)
+    assert tensors[f"{stem}_packed"].dtype == np.int32
+    assert tensors[f"{stem}_scale"].shape == (rows, cols // 32)
+    assert tensors[f"{stem}_scale"].dtype == np.float32
+    assert tensors["model.layers.0.mlp.gate.weight"].dtype == np.float32
+    config = json.loads((packed / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3_5MoeForCausalLM"] and "auto_map" not in config
+
+
+def test_what_travels_and_what_does_not(exported, tmp_path):
+    source, packed = exported["pattern31", 8]
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (packed / name).read_bytes() == (source / name).read_bytes()
+    assert (packed / "noesis_source_provenance.json").exists()
+    assert not (packed / "noesis_provenance.json").exists() and not list(packed.glob("*.py"))
+
+
+def test_shards_give_the_same_tensors(exported, tmp_path):
+    source, packed = exported["pattern31", 4]
+    export_compressed_tensors(source, tmp_path / "many", shard_bytes=50_000)
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 3
+    one, many = tensors_of(packed), tensors_of(tmp_path / "many")
+    assert set(one) == set(many) and all(np.array_equal(one[name], many[name]) for name in one)
+
+
+def test_groups_of_128_stay_where_they_divide():
+    scales = np.random.default_rng(1729).random((16, 5)).astype(np.float16)
+    assert np.array_equal(scales_of_groups(scales, 2048, 128), scales.T)
+    last = scales_of_groups(scales[:2], 192, 64)  # one group of 128, and half a one
+    assert np.array_equal(last, scales[[0, 0, 1]].T)
+
+
+# ---- what is refused -------------------------------------------------------------------------
+
+
+def test_columns_without_a_group_are_refused_and_nothing_is_written(tmp_path):
+    quantize(GOLDEN / "tied.gguf", tmp_path / "int8")
+    with pytest.raises(CheckpointError, match=r"o_proj.weight_i8: want a multiple of 32 columns.*got 48"):
+        export_compressed_tensors(tmp_path / "int8", tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["int8"]
+
+
+def test_a_source_that_is_not_quantised_is_refused(tmp_path):
+    with pytest.raises(InputError, match="want a checkpoint that `pyengine quantize` wrote"):
+        export_compressed_tensors(GOLDEN / "pattern31.gguf", tmp_path / "packed")
+
+
+def test_a_destination_that_exists_is_refused(exported, tmp_path):
+    source, packed = exported["pattern31", 8]
+    with pytest.raises(InputError, match="want a directory that does not exist yet"):
+        export_compressed_tensors(source, packed)
+    with pytest.raises(InputError, match="want a directory to write in"):
+        export_compressed_tensors(source, tmp_path / "no" / "packed")
+
+
+def test_a_full_disk_leaves_nothing(exported, tmp_path, monkeypatch):
+    original = SafetensorsWriter.write
+
+    def full(self, name, array):
+        if "layers.1" in name:
+            raise OSError(28, "No space left on device", str(self.path))
+        original(self, name, array)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_compressed_tensors(exported["nextn", 8][0], tmp_path / "packed")
+    assert not list(tmp_path.iterdir())
