@@ -35,7 +35,6 @@ tokenizers = pytest.importorskip("tokenizers")
 
 GOLDEN = Path(__file__).parent / "golden" / "pattern31.gguf"
 FIXTURE = Path(__file__).parent / "converter"
-needs_fixture = pytest.mark.skipif(not FIXTURE.exists(), reason=f"no {FIXTURE}")
 
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
 
@@ -127,7 +126,6 @@ def pair():
     return Tokenizer.from_gguf(FIXTURE / "A-Q8_0.gguf"), theirs
 
 
-@needs_fixture
 @many
 @given(TEXTS)
 def test_encode_is_hugging_faces(pair, text):
@@ -136,7 +134,6 @@ def test_encode_is_hugging_faces(pair, text):
     assert ours.decode(ours.encode(text)) == text
 
 
-@needs_fixture
 @many
 @given(st.lists(st.integers(0, 639), max_size=20))
 def test_decode_is_hugging_faces(pair, ids):
@@ -145,7 +142,6 @@ def test_decode_is_hugging_faces(pair, ids):
     assert ours.decode(ids, special=False) == theirs.decode(ids, skip_special_tokens=True)
 
 
-@needs_fixture
 def test_gguf_and_tokenizer_json_agree():
     theirs = json.loads((FIXTURE / "tokenizer.json").read_text(encoding="utf-8"))
     ours = tokenizer_json(GGUF.open(FIXTURE / "A-Q8_0.gguf"))
@@ -298,7 +294,6 @@ def test_open_and_has_tokenizer(tmp_path):
     assert not has_tokenizer(tmp_path)
 
 
-@needs_fixture
 def test_open_a_directory():
     tokenizer = Tokenizer.open(FIXTURE)
     assert has_tokenizer(FIXTURE) and tokenizer.end_ids == (638, 636) and tokenizer.vocab_size == 640
