@@ -252,15 +252,32 @@ def _add_quantize(commands):
                         "arithmetic needs)")
     parser.add_argument("--scale", choices=("absmax", "mse"), default="absmax")
     parser.add_argument("-t", "--threads", type=_positive, metavar="N")
+    parser.add_argument("--export", choices=("compressed-tensors",),
+                        help="write --int8 or --int4, a new directory, from SRC, a directory that "
+                        "this command wrote, in the layout of another library")
 
 
 def _quantize(options):
     from .quantize import quantize
 
+    if options.export:
+        return _export(options)
     quantize(options.source, options.int8, options.int4, group_size=options.group_size,
              scale=options.scale, threads=options.threads)
     for directory in filter(None, (options.int8, options.int4)):
         print(f"{directory}: written")
+
+
+def _export(options):
+    from . import provenance
+    from .export import export_compressed_tensors
+
+    bits = provenance.read(options.source)["bits"]
+    destination = {8: options.int8, 4: options.int4}.get(bits)
+    if destination is None:
+        raise InputError(f"{options.source}: want --int{bits} DIR for a checkpoint of {bits} bits")
+    export_compressed_tensors(options.source, destination)
+    print(f"{destination}: written")
 
 
 def _add_verify_files(commands):

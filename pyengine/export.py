@@ -44,7 +44,7 @@ SMALLEST_GROUP = 32  # servers' kernels have none below
 BITS = {"INT8": 8, "INT4": 4}
 SOURCE_PROVENANCE = "noesis_source_provenance.json"
 
-# Without packed weights, by the end of the name; and the linears among them in compressed-tensors' words.
+# Without packed weights, by the end of the name; and the linears among them as config.json has them.
 FLOATS = ("embed_tokens.weight", "lm_head.weight", "in_proj_a.weight", "in_proj_b.weight",
           "mlp.gate.weight", "shared_expert_gate.weight")
 IGNORE = ["lm_head", r"re:.*\.in_proj_a$", r"re:.*\.in_proj_b$", r"re:.*\.mlp\.gate$",

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import ops, provenance
+from . import hf, ops, provenance
 from .checkpoint import Checkpoint, Spec, Tensor, model_specs, open_checkpoint
 from .codes import GROUP, LARGEST, SCALES, pack_int4, to_bfloat16
 from .decoder.linear import as_matrix
@@ -193,8 +193,9 @@ class Twin:
             _write_json(directory / "model.safetensors.index.json",
                         {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
         _write_json(directory / "config.json", config.to_hf() | {
-            "quantization_config": {"quant_method": "pyengine", "bits": self.bits,
-                                    "group_size": options.group_size, "symmetric": True}})
+            **_AUTO_CLASSES, "pyengine_bits": self.bits,
+            "pyengine_group_size": options.group_size, "pyengine_dequantize": "exact"})
+        shutil.copyfile(_MODELING, directory / _MODELING.name)
         _write_json(directory / "generation_config.json", {
             "eos_token_id": list(config.eos_token_ids) or None,
             "pad_token_id": config.pad_token_id, "do_sample": False})
@@ -207,6 +208,16 @@ class Twin:
 
 
 _LOG = "complete_files.json"
+
+# For transformers: its classes are in the file that is copied beside the tensors.  No
+# `quantization_config`: transformers would skip an unknown method with a log line.
+_MODELING = Path(hf.__file__).with_name("modeling_pyengine.py")
+_AUTO_CLASSES = {
+    "architectures": ["PyengineForCausalLM"],
+    "model_type": "pyengine_qwen3_5_moe",
+    "auto_map": {"AutoConfig": "modeling_pyengine.PyengineConfig",
+                 "AutoModelForCausalLM": "modeling_pyengine.PyengineForCausalLM"},
+}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json",
                     "merges.txt", "special_tokens_map.json", "added_tokens.json")

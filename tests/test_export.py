@@ -183,7 +183,8 @@ def test_groups_of_128_stay_where_they_divide():
 
 def test_columns_without_a_group_are_refused_and_nothing_is_written(tmp_path):
     quantize(GOLDEN / "tied.gguf", tmp_path / "int8")
-    with pytest.raises(CheckpointError, match=r"o_proj.weight_i8: want a multiple of 32 columns.*got 48"):
+    message = r"o_proj.weight_i8: want a multiple of 32 columns.*got 48"
+    with pytest.raises(CheckpointError, match=message):
         export_compressed_tensors(tmp_path / "int8", tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
 

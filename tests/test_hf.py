@@ -2,7 +2,6 @@
 
 import ast
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,33 +27,13 @@ MARKS = ("_i8", "_i4", "_q8", "_q4")
 IDS = np.random.default_rng(1729).integers(0, 100, 20)
 
 
-def make_loadable(directory, bits):
-    """What `quantize` is to write into the directory for transformers."""
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    if "auto_map" in config:
-        return
-    config.pop("quantization_config")
-    config |= {
-        "architectures": ["PyengineForCausalLM"],
-        "model_type": "pyengine_qwen3_5_moe",
-        "auto_map": {"AutoConfig": "modeling_pyengine.PyengineConfig",
-                     "AutoModelForCausalLM": "modeling_pyengine.PyengineForCausalLM"},
-        "pyengine_bits": bits, "pyengine_group_size": 128, "pyengine_dequantize": "exact"}
-    path.write_text(json.dumps(config, indent=2))
-    shutil.copyfile(MODELING, directory / MODELING.name)
-
-
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
     """{(model, bits): directory}"""
     root = tmp_path_factory.mktemp("twins")
     for name in {name for name, _ in TWINS}:
         quantize(GOLDEN / f"{name}.gguf", root / f"{name}-8", root / f"{name}-4")
-    directories = {(name, bits): root / f"{name}-{bits}" for name, bits in TWINS}
-    for (_, bits), directory in directories.items():
-        make_loadable(directory, bits)
-    return directories
+    return {(name, bits): root / f"{name}-{bits}" for name, bits in TWINS}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -206,6 +185,10 @@ def test_saving_gives_the_same_checkpoint(twins, tmp_path):
     for name in before:
         if name.endswith(MARKS):
             assert np.array_equal(before[name].data, after[name].data), name
+    said = [json.loads((directory / "config.json").read_text())
+            for directory in (twins["pattern31", 4], tmp_path / "saved")]
+    for key in ("model_type", "architectures", "auto_map", "pyengine_bits", "pyengine_group_size"):
+        assert said[0][key] == said[1][key], key
     _, info = load(tmp_path / "saved", output_loading_info=True)
     assert not any(info.values()), info
 

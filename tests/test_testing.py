@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import importlib
 import itertools
 import json
 import sys
@@ -12,14 +13,16 @@ import gguf.quants
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
+from hypothesis import given, settings
 
+import pyengine.testing
 from pyengine import ops, provenance
 from pyengine.checkpoint import Tensor
 from pyengine.codes import encode, group_scales, pack_int4, quantize_groups, unpack_int4
 from pyengine.errors import CheckpointError, InputError
 from pyengine.files.safetensors import SafetensorsDirectory, SafetensorsWriter
 from pyengine.quantize import Options, Pass
-from pyengine.testing import PROPERTIES, Format, check_quantizer, strategies
+from pyengine.testing import PROPERTIES, Format, check_quantizer, strategies, suite
 from pyengine.testing.properties import q8_0_values
 from pyengine.verify_files import verify_files
 
@@ -446,3 +449,275 @@ def shown(table) -> str:
 def test_the_sound_quantizer_of_the_mutants_is_sound():
     assert not kills({})
     assert not kills({"pack": padded(8)})
+
+
+# ---- quantizers that are not ours ------------------------------------------------------------
+
+Q8_0 = GGMLQuantizationType.Q8_0
+
+
+def gguf_quantize(x):
+    """gguf-py's Q8_0, its blocks taken apart."""
+    blocks = gguf.quants.quantize(x, Q8_0).reshape(len(x), -1, 34)
+    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+    return blocks[..., 2:].view(np.int8).reshape(x.shape), scales
+
+
+def gguf_dequantize(codes, scales):
+    blocks = np.concatenate([scales[..., None].view(np.uint8),
+                             codes.reshape(len(codes), -1, 32).view(np.uint8)], axis=-1)
+    return gguf.quants.dequantize(blocks.reshape(len(codes), -1), Q8_0)
+
+
+Q8_0_FORMAT = Format(127, 32, "float16", ties="away", multiple=32)
+
+# d = max |x| / 127 in float32 divides, by way of 1 / d, and is stored as float16.
+Q8_0_LACKS = {
+    2: "a scale below float16's range is stored as 0",
+    3: "the scale that is stored is not the one that divided",
+    4: "codes are nearest for the scale before it was rounded",
+    5: "x * (1 / d) is rounded twice",
+    15: "NaN and infinity are not looked for",
+    19: "follows from 3",
+}
+
+
+@pytest.fixture(scope="module")
+def q8_0_report():
+    return check_quantizer(gguf_quantize, gguf_dequantize, Q8_0_FORMAT)
+
+
+def test_gguf_q8_0_has_exactly_the_properties_that_its_rule_has(q8_0_report):
+    assert set(q8_0_report.failures) == set(Q8_0_LACKS) and not q8_0_report.ok
+    without = {14: "needs pack and unpack", 17: "needs native", 18: "needs from_q8_0",
+               20: "needs save and load"}
+    assert {n: outcome.detail for n, outcome in q8_0_report.outcomes.items()
+            if outcome.status == "not applicable"} == without
+    for number in set(ALL) - set(Q8_0_LACKS) - set(without):
+        assert q8_0_report[number].status == "holds", q8_0_report[number]
+
+
+def test_what_is_declared_is_no_failure():
+    format = dataclasses.replace(Q8_0_FORMAT, not_promised=Q8_0_LACKS | {1: "of no reason"})
+    report = check_quantizer(gguf_quantize, gguf_dequantize, format, shrink=False)
+    assert report.ok and report[1].status == "holds, though not promised"
+    assert {n for n in ALL if report[n].status == "fails, as declared"} == set(Q8_0_LACKS)
+    assert all(reason in report[n].detail for n, reason in Q8_0_LACKS.items())
+
+
+def test_the_smallest_example_is_small(q8_0_report):
+    for number in (2, 3, 4, 19):
+        x = q8_0_report[number].example["x"]
+        assert x.shape == (1, 32) and np.count_nonzero(x) <= 2, q8_0_report[number]
+    assert "zeros but [0, " in str(q8_0_report[4])
+
+
+def test_compressed_tensors_int8():
+    """Its INT8 is symmetric about -1/2: codes from -128 on, of a scale of max |x| / 127.5."""
+    torch = pytest.importorskip("torch")
+    ct = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.quantization.lifecycle import forward
+    from compressed_tensors.quantization.utils import calculate_qparams
+    args = ct.QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="group", group_size=32)
+
+    def quantize(x):
+        groups = torch.from_numpy(x.copy()).unflatten(1, (-1, 32))
+        scales, zeros = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        codes = forward.quantize(groups.flatten(1), scales, zeros, args, dtype=torch.int8)
+        return codes.numpy(), scales.numpy()
+
+    def dequantize(codes, scales):
+        return forward.dequantize(torch.from_numpy(codes), torch.from_numpy(scales), None, args).numpy()
+
+    report = check_quantizer(quantize, dequantize, Format(127, 32, "float32", multiple=32,
+                                                          zero_scale=None),
+                             properties=[1, 2, 6, 8, 9, 10, 13, 15], examples=50)
+    assert set(report.failures) == {1, 6, 9, 15}, f"\n{report}"
+
+
+# ---- formats other than ours -----------------------------------------------------------------
+
+
+def rounded_to(dtype, values):
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return values.astype(dtype)
+
+
+def simple(dtype, group, largest=127):
+    """The rule for another scale; a scale that rounds to 0 is the least that there is."""
+    format = Format(largest, group, dtype)
+
+    def quantize(x):
+        size, cols = group or x.shape[1], x.shape[1]
+        if not np.isfinite(x).all():
+            raise ValueError(f"group {np.argwhere(~np.isfinite(x))[0][1] // size} is not finite")
+        amax = np.maximum.reduceat(abs(x), np.arange(0, cols, size), axis=1).astype(np.float64)
+        scales = rounded_to(dtype, amax / largest)
+        least = scales.dtype.type(format.least_scale)
+        scales = np.where((scales == 0) & (amax > 0), least, scales)
+        clips = np.rint(amax / np.where(scales == 0, 1, scales)) > largest
+        scales = np.where(clips, scales + least, scales)
+        s = np.repeat(np.where(scales == 0, 1, scales).astype(np.float64), size, axis=1)
+        return np.rint(x / s[:, :cols]).astype(np.int8), scales
+
+    def dequantize(codes, scales):
+        cols = codes.shape[1]
+        return codes * np.repeat(scales.astype(np.float64), group or cols, axis=1)[:, :cols]
+    return quantize, dequantize, format
+
+
+@pytest.mark.parametrize("dtype, group", [("bfloat16", 32), ("float32", 32), ("float32", None)])
+def test_other_scales_and_whole_rows(dtype, group):
+    report = check_quantizer(*simple(dtype, group), examples=50)
+    assert report.ok, f"\n{report}"
+    assert report[10].status == ("holds" if group else "not applicable")
+
+
+def test_groups_down_the_columns():
+    quantize, dequantize, format = simple("float16", 32)
+    down = dataclasses.replace(format, axis=0)
+    turned = [lambda x: tuple(a.T for a in quantize(x.T)), lambda c, s: dequantize(c.T, s.T).T]
+    report = check_quantizer(*turned, down, examples=50)
+    assert report.ok, f"\n{report}"
+    with pytest.raises(InputError, match="want codes .* and scales .*, all of them transposed"):
+        check_quantizer(quantize, dequantize, down)
+
+
+def returning_scales(x, largest, group):
+    """Our rule, except that float16 scales below (M + 1) * 2^-24 are rounded up to a few of them."""
+    unit = 2.0**-24
+    few = [1]
+    for k in range(2, largest + 2):
+        # The smallest maximum that scale few[-1] clips must not be rounded down by scale k.
+        least = (largest + 0.5) * few[-1] / k
+        if np.rint(least) >= least:
+            few.append(k)
+    few = np.array(few) * unit
+    amax = np.maximum.reduceat(abs(x), np.arange(0, x.shape[1], group), axis=1).astype(np.float64)
+    small = (amax > 0) & (amax < (largest + 0.5) * (largest + 1) * unit)
+    index = np.searchsorted((largest + 0.5) * few, amax, side="right")
+    scales = np.where(small, few[np.minimum(index, len(few) - 1)].astype(np.float16),
+                      group_scales(x, largest, group))
+    return encode(x, scales, largest, group), scales
+
+
+@pytest.mark.parametrize("largest", [127, 7])
+def test_subnormal_scales_can_be_made_to_return(largest):
+    """Property 9 for every scale: ours does not have it, and says so; a small change would."""
+    format = Format(largest, 32, scale_returns="always")
+    wanted = [1, 2, 3, 4, 9]
+    assert check_quantizer(lambda x: returning_scales(x, largest, 32), dequantizer(32), format,
+                           properties=wanted, examples=200).ok
+    # Exhaustively, where it matters: every maximum that is a multiple of a quarter of 2^-24.
+    amax = np.arange(1, 4 * 130 * (largest + 1)) * 2.0**-26
+    x = amax.astype(np.float32)[:, None]
+    for rule, returns in ((returning_scales, True), (quantize_groups, False)):
+        codes, scales = rule(x, largest, 32)
+        again, same = rule(codes * scales.astype(np.float32), largest, 32)
+        where = codes[:, 0] != 0
+        assert np.array_equal(scales[where], same[where]) == returns
+        assert np.array_equal(codes, again) == returns
+
+
+# ---- the suite as an API ---------------------------------------------------------------------
+
+
+def test_the_same_arguments_give_the_same_report():
+    reports = []
+    for _ in range(2):
+        suite._drawn.cache_clear()
+        reports.append(check_quantizer(gguf_quantize, gguf_dequantize, Format(127, 32, multiple=32),
+                                       properties=[2, 4, 5, 7], examples=50))
+    assert str(reports[0]) == str(reports[1]) and reports[0].failures
+
+
+def test_what_a_report_says():
+    report = check_quantizer(gguf_quantize, gguf_dequantize, Format(127, 32, multiple=32),
+                             properties=[1, 3, 14], examples=50)
+    lines = str(report).splitlines()
+    assert lines[0].split() == "1 codes within -M .. M holds".split()
+    assert lines[1].split() == "3 nothing clips FAILS".split()
+    assert "|x - q s| > s / 2" in lines[2] and "x = float32 [1, 32], zeros but" in lines[3]
+    assert lines[-1].strip() == "needs pack and unpack"
+    assert report[3].equation == "D = q * s and |x - D| <= s / 2."
+
+
+def test_every_property_has_an_equation_and_a_fault():
+    assert sorted(PROPERTIES) == list(range(1, 21))
+    for number, prop in PROPERTIES.items():
+        assert prop.number == number and prop.equation.endswith(".")
+
+
+def test_an_exception_is_a_failure_with_its_input():
+    def quantize(x):
+        if (x < 0).any():
+            raise ZeroDivisionError("negative")
+        return quantize_groups(x, 127, 32)
+    report = check_quantizer(quantize, dequantizer(32), Format(127, 32), properties=[1])
+    assert report[1].detail == "raised ZeroDivisionError: negative"
+    assert np.count_nonzero(report[1].example["x"]) == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"largest": 0}, "Format: largest: want a code from 1 on, got 0"),
+    ({"group_size": 0}, "Format: group_size"),
+    ({"scale_dtype": "float8"}, "Format: scale_dtype: want float16 or bfloat16 or float32"),
+    ({"axis": 2}, "Format: axis"),
+    ({"ties": "up"}, "Format: ties"),
+    ({"multiple": 0}, "Format: multiple"),
+    ({"scale_returns": "never"}, "Format: scale_returns"),
+    ({"not_promised": {22: "why"}}, "Format: not_promised"),
+])
+def test_formats_are_checked(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Format(**arguments)
+
+
+@pytest.mark.parametrize("quantize, arguments, message", [
+    (quantize_groups, {"properties": [22]}, "properties: want numbers from 1 to 21, got 22"),
+    (quantize_groups, {"examples": 0}, "examples: want a number from 1 on, got 0"),
+    (lambda x: x, {}, "want \\(codes, scales\\), got a ndarray"),
+    (lambda x: (x, x[:, :1]), {}, "want codes of an integer dtype, got float32"),
+    (lambda x: (x.astype(int), x), {}, r"want codes \(2, 128\) and scales \(2, 1\), got"),
+])
+def test_arguments_are_checked(quantize, arguments, message):
+    with pytest.raises(InputError, match=message):
+        check_quantizer(quantize, dequantizer(128), Format(), **arguments)
+
+
+def test_without_hypothesis_there_is_one_clear_error(monkeypatch):
+    for name in [n for n in sys.modules if n.startswith("pyengine.testing")]:
+        monkeypatch.delitem(sys.modules, name)
+    original = builtins.__import__
+
+    def without(name, *arguments, **more):
+        if name.split(".")[0] == "hypothesis":
+            raise ImportError(name)
+        return original(name, *arguments, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match=r"pip install 'pyengine\[test\]'"):
+        importlib.import_module("pyengine.testing")
+
+
+@pytest.mark.parametrize("kind", strategies.KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("format", [Format(), Format(7, 16), Format(127, None, "float32"),
+                                    Format(127, 5, "bfloat16")], ids=str)
+def test_every_kind_of_group_is_within_the_format(kind, format):
+    @given(kind(format, 16))
+    @settings(max_examples=15, derandomize=True, database=None, deadline=None)
+    def check(x):
+        assert x.shape == (16,) and x.dtype == np.float32
+        assert np.isfinite(x).all() and abs(x).max() <= format.limit
+    check()
+
+
+def test_the_example_of_the_documentation_runs():
+    text = pyengine.testing.__doc__
+    code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    with pytest.raises(AssertionError) as caught:
+        exec("import numpy as np\n" + code, {})
+    assert "15  NaN and infinity                    FAILS" in str(caught.value)
+    assert "scales finite, zero for zeros       FAILS" in str(caught.value)

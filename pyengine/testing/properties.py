@@ -77,7 +77,8 @@ class Subject:
         q, per_group = self.turn(np.asarray(codes)), self.turn(np.asarray(scales))
         wanted = (shape[0], self.format.n_groups(shape[1]))
         if q.shape != tuple(shape) or per_group.shape != wanted:
-            raise Fault(f"want codes {tuple(shape)} and scales {wanted} (of axis 1), "
+            turned = "" if self.format.axis == 1 else ", all of them transposed"
+            raise Fault(f"want codes {tuple(shape)} and scales {wanted}{turned}, "
                         f"got {q.shape} and {per_group.shape}")
         if q.dtype.kind not in "iu":
             raise Fault(f"want codes of an integer dtype, got {q.dtype}")
@@ -107,15 +108,19 @@ def _pair(result):
 
 @dataclass(frozen=True)
 class Property:
-    """number and title; cases: Format -> strategy of keyword arguments; needs: what the Subject
-    must have; cost: how many times as long as others one example takes."""
+    """number and title; parts: functions Format -> strategy of keyword arguments, drawn apart and
+    put together; needs: what the Subject must have; cost: of one example, as a multiple of others'."""
 
     number: int
     title: str
     check: Callable
-    cases: Callable
+    parts: tuple[Callable, ...]
     needs: tuple[str, ...]
     cost: int
+
+    def cases(self, format: Format):
+        """The strategy of all keyword arguments."""
+        return st.tuples(*(part(format) for part in self.parts)).map(merged)
 
     @property
     def equation(self) -> str:
@@ -131,21 +136,25 @@ class Property:
         return None
 
 
+def merged(parts) -> dict:
+    return {name: value for part in parts for name, value in part.items()}
+
+
 PROPERTIES: dict[int, Property] = {}
 
 
-def _any_matrix(format):
+def _matrix(format):
     return st.fixed_dictionaries({"x": strategies.matrices(format)})
 
 
-def _matrix_and(**others):
+def _and(**others):
     """Cases of a matrix and whatever each of the strategies gives."""
-    return lambda format: st.fixed_dictionaries({"x": strategies.matrices(format), **others})
+    return _matrix, lambda format: st.fixed_dictionaries(others)
 
 
-def _property(number, title, cases=_any_matrix, needs=(), cost=1):
+def _property(number, title, parts=(_matrix,), needs=(), cost=1):
     def register(check):
-        PROPERTIES[number] = Property(number, title, check, cases, needs, cost)
+        PROPERTIES[number] = Property(number, title, check, parts, needs, cost)
         return check
     return register
 
@@ -196,9 +205,9 @@ def nearest_code(subject, x):
     return _first(~(distance <= np.minimum(below, above)), x, q, "another code is nearer")
 
 
-@_property(5, "ties", cases=lambda format: st.fixed_dictionaries(
+@_property(5, "ties", parts=(lambda format: st.fixed_dictionaries(
     {"scale": strategies.scales(format),
-     "j": st.integers(0, format.largest - 1), "sign": st.sampled_from([1, -1])}))
+     "j": st.integers(0, format.largest - 1), "sign": st.sampled_from([1, -1])}),))
 def ties(subject, scale, j, sign):
     """x = (j + 1/2) * s goes to the even code, or away from zero, as declared; one ulp less goes to
     j, one ulp more to j + 1.
@@ -228,7 +237,7 @@ def negation(subject, x):
     return _compare(x, subject(x), subject(-x), sign=-1)
 
 
-@_property(7, "powers of two", cases=_matrix_and(k=st.integers(-24, 24)))
+@_property(7, "powers of two", parts=_and(k=st.integers(-24, 24)))
 def powers_of_two(subject, x, k):
     """q(x * 2^k) = q(x), s(x * 2^k) = s(x) * 2^k, while the scales are normal and nothing rounds."""
     format = subject.format
@@ -274,8 +283,8 @@ def again(subject, x):
     return _compare(x, first, second, where=where, slack=ulp)
 
 
-@_property(16, "subnormal groups", cases=lambda format: st.fixed_dictionaries(
-    {"x": strategies.matrices(format, kind=strategies.subnormal)}))
+@_property(16, "subnormal groups", parts=(lambda format: st.fixed_dictionaries(
+    {"x": strategies.matrices(format, kind=strategies.subnormal)}),))
 def subnormal_groups(subject, x):
     """Groups of subnormal size give finite s and D, -M <= q <= M, and no code of the wrong sign."""
     q = subject(x)
@@ -284,7 +293,7 @@ def subnormal_groups(subject, x):
     return _first(wrong | (q.codes * np.sign(x) < 0), x, q, "of a subnormal group", D=values)
 
 
-@_property(19, "dot products", cases=_matrix_and(seed=strategies.seeds))
+@_property(19, "dot products", parts=_and(seed=strategies.seeds))
 def dot_products(subject, x, seed):
     """|dot(D, y) - dot(x, y)| <= sum over the groups of s / 2 * sum |y|."""
     q = subject(x)
@@ -304,9 +313,8 @@ def dot_products(subject, x, seed):
 # ---- groups against each other ---------------------------------------------------------------
 
 
-@_property(10, "a group for itself", cases=lambda format: st.fixed_dictionaries(
-    {"x": strategies.matrices(format), "other": strategies.groups(format),
-     "which": strategies.seeds}))
+@_property(10, "a group for itself", parts=(_matrix, lambda format: st.fixed_dictionaries(
+    {"other": strategies.groups(format), "which": strategies.seeds})))
 def group_for_itself(subject, x, other, which):
     """Other values in one group change no other group's codes and scale."""
     parts = subject.format.slices(x.shape[1])
@@ -319,7 +327,7 @@ def group_for_itself(subject, x, other, which):
     return found and f"with row {row}, group {group} changed: {found}"
 
 
-@_property(11, "permutations", cases=_matrix_and(seed=strategies.seeds))
+@_property(11, "permutations", parts=_and(seed=strategies.seeds))
 def permutations(subject, x, seed):
     """Permuting a group's values permutes its codes; permuting whole groups permutes both."""
     rng, columns = np.random.default_rng(seed), np.arange(x.shape[1])
@@ -397,8 +405,8 @@ def _layouts(x):
 # ---- bytes and files -------------------------------------------------------------------------
 
 
-@_property(14, "packing", needs=("pack", "unpack"), cases=lambda format: st.fixed_dictionaries(
-    {"codes": strategies.code_matrices(format)}))
+@_property(14, "packing", needs=("pack", "unpack"), parts=(lambda format: st.fixed_dictionaries(
+    {"codes": strategies.code_matrices(format)}),))
 def packing(subject, codes):
     """unpack(pack(q)) = q, for every pair of codes; columns beyond q's are padding, and codes of 0."""
     columns = max(2, subject.format.multiple)
@@ -426,7 +434,7 @@ def _round_trip(subject, codes):
             f"{padded[row, start:start + 2].tolist()}, got {got[row, start:start + 2].tolist()}")
 
 
-@_property(15, "NaN and infinity", cases=_matrix_and(
+@_property(15, "NaN and infinity", parts=_and(
     where=strategies.seeds, value=st.sampled_from([math.nan, math.inf, -math.inf])))
 def not_finite(subject, x, where, value):
     """A NaN or infinity is an error that names the group ("group 3", from 0 in each row), and the
@@ -460,8 +468,8 @@ def same_bits(subject, x):
     return None
 
 
-@_property(18, "from Q8_0", needs=("from_q8_0",), cases=lambda format: st.fixed_dictionaries(
-    {"blocks": strategies.q8_0_blocks(format)}))
+@_property(18, "from Q8_0", needs=("from_q8_0",), parts=(lambda format: st.fixed_dictionaries(
+    {"blocks": strategies.q8_0_blocks(format)}),))
 def from_q8_0(subject, blocks):
     """from_q8_0(blocks) = quantize(dequantised blocks)."""
     x = q8_0_values(blocks)
@@ -475,7 +483,7 @@ def q8_0_values(blocks: np.ndarray) -> np.ndarray:
     return (scales * parts[..., 2:].view(np.int8)).reshape(blocks.shape[0], -1)
 
 
-@_property(20, "files", needs=("save", "load"), cost=8, cases=_matrix_and(
+@_property(20, "files", needs=("save", "load"), cost=8, parts=_and(
     place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7)))
 def files(subject, x, place, bit):
     """load(save(q, s)) = q, s with their dtypes; any bit turned in any file written is an error."""

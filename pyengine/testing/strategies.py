@@ -156,9 +156,10 @@ def q8_0_blocks(draw, format: Format):
     blocks = np.zeros((rows, cols // 32, 34), np.uint8)
     for block in blocks.reshape(-1, 34):
         block[:2].view(np.float16)[:] = draw(st.floats(-bound, bound, width=16))
-        codes = np.random.default_rng(draw(seeds)).integers(-128, 128, 32).astype(np.int8)
+        rng, ends = np.random.default_rng(draw(seeds)), draw(st.booleans())
+        codes = rng.choice([-128, -127, 1, 127], 32) if ends else rng.integers(-128, 128, 32)
         codes[draw(st.integers(1, 32)):] = 0
-        block[2:] = codes.view(np.uint8)
+        block[2:] = codes.astype(np.int8).view(np.uint8)
     return blocks.reshape(rows, -1)
 
 

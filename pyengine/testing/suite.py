@@ -16,7 +16,7 @@ from hypothesis.errors import HypothesisException, NoSuchExample
 from ..errors import InputError
 from . import faults
 from .format import Format
-from .properties import PROPERTIES, Property, Subject
+from .properties import PROPERTIES, Fault, Property, Subject, merged
 
 SELF_CHECK = 21
 SELF_CHECK_TITLE = "the suite can fail"
@@ -97,13 +97,15 @@ def check_quantizer(quantize: Callable, dequantize: Callable, format: Format, *,
     shrink                  False: report the first failing example found, not the smallest
 
     Whatever quantize raises is a failure of the property, except where property 15 wants an error.
-    The same arguments give the same report.  Errors: InputError (an argument).
+    The same arguments give the same report.  Errors: InputError (an argument, or codes and scales of
+    another shape or kind than stated here).
     """
     wanted = _checked(properties, examples)
     subject = Subject(quantize, dequantize, format, pack, unpack, save, load, from_q8_0, native or {})
     outcomes = {}
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, about overflow and NaN
+        _check_shapes(subject)
         for number in wanted:
             if number != SELF_CHECK:
                 outcomes[number] = _try(PROPERTIES[number], subject, examples, seed, shrink)
@@ -120,6 +122,18 @@ def _checked(properties, examples) -> list[int]:
     if not isinstance(examples, int) or examples < 1:
         raise InputError(f"examples: want a number from 1 on, got {examples!r}")
     return wanted
+
+
+def _check_shapes(subject: Subject) -> None:
+    """InputError where not the quantizer is at fault but its arguments and results are mistaken."""
+    columns = int(np.lcm(subject.format.group_size or 1, subject.format.multiple))
+    x = np.linspace(-1, 1, 2 * columns, dtype=np.float32).reshape(2, columns)
+    try:
+        subject.values(subject(x))
+    except Fault as error:
+        raise InputError(f"check_quantizer: {error}") from None
+    except Exception:
+        pass  # a failure of properties, which say with what input
 
 
 # ---- one property ----------------------------------------------------------------------------
@@ -145,7 +159,7 @@ def _outcome(prop, status, detail="", example=None):
 
 def _find(prop: Property, subject: Subject, examples, seed, shrink):
     """-> (what is wrong, the example), of the smallest failing example; None if there is none."""
-    cases = _cases(prop.cases, subject.format, max(1, math.ceil(examples / prop.cost)), seed)
+    cases = _cases(prop, subject.format, max(1, math.ceil(examples / prop.cost)), seed)
     tried = ((_wrong(prop, subject, case), case) for case in cases)
     failing = next((found for found in tried if found[0]), None)
     if failing is None or not shrink:
@@ -166,16 +180,22 @@ def _find(prop: Property, subject: Subject, examples, seed, shrink):
     return _simplify(prop, subject, *failing)
 
 
+def _cases(prop: Property, format, examples, seed) -> list[dict]:
+    parts = [_drawn(part, format, examples, seed) for part in prop.parts]
+    # A strategy of few values gives fewer than are wanted: they go round.
+    return [merged(part[i % len(part)] for part in parts) for i in range(max(map(len, parts)))]
+
+
 @functools.lru_cache(maxsize=128)  # making examples takes longer than trying them
-def _cases(strategy_of, format, examples, seed) -> list[dict]:
-    """What Hypothesis gives the properties with these cases to try, always the same."""
-    cases = []
+def _drawn(part, format, examples, seed) -> list[dict]:
+    """What Hypothesis gives the properties with this part to try, always the same."""
+    drawn = []
     try:
-        find(strategy_of(format), cases.append, random=Random(seed),
+        find(part(format), drawn.append, random=Random(seed),
              settings=_settings(examples, Phase.generate))
     except NoSuchExample:  # append is never true
         pass
-    return cases
+    return drawn
 
 
 def _settings(examples, *phases):
