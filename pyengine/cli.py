@@ -79,6 +79,7 @@ def _add_model(parser):
     parser.add_argument("-m", "--model", required=True, metavar="MODEL")
     parser.add_argument("-t", "--threads", type=_positive, metavar="N",
                         help="of the locked arithmetic (default: physical cores)")
+    parser.add_argument("--pin", action="store_true", help="one processor a thread")
 
 
 def _add_arithmetic(parser):
@@ -101,7 +102,8 @@ def _add_run(parser):
 def _load(options):
     from . import load
 
-    return load(options.model, getattr(options, "arithmetic", "locked"), options.threads)
+    return load(options.model, getattr(options, "arithmetic", "locked"), options.threads,
+                pin=options.pin)
 
 
 def _ids(options):

@@ -43,7 +43,7 @@ def test_logits(tmp_path, capsys):
     assert np.array_equal(logits, pyengine.load(MODEL).forward([1, 2, 3]))
     (tmp_path / "ids.txt").write_text("1 2\n3\n")
     assert run("logits", "-m", MODEL, "--ids-file", tmp_path / "ids.txt", "--arithmetic", "float64",
-               "-o", tmp_path / "b.npy", "--chunk", "2", "-t", "2") == 0
+               "-o", tmp_path / "b.npy", "--chunk", "2", "-t", "2", "--pin") == 0
     assert np.array_equal(np.load(tmp_path / "b.npy"), pyengine.load(MODEL, "float64").forward([1, 2, 3]))
     np.save(tmp_path / "ids.npy", np.array([1, 2, 3]))
     assert run("logits", "-m", MODEL, "--ids-file", tmp_path / "ids.npy", "-o", tmp_path / "c.npy") == 0
