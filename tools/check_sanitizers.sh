@@ -38,6 +38,6 @@ command -v clang >/dev/null || { echo "no clang: kernels_main.c left out"; exit 
 echo "clang: tests/kernels_main.c"
 # $sanitize and $debug are lists of words
 # shellcheck disable=SC2086
-"$source/tools/build_kernels_main.sh" clang "$(uname -m)" "$build/main" $sanitize $debug
+"$source/tools/build_kernels_main.sh" clang "$(uname -m)" "$build/main" $sanitize $debug -O1
 "$build/main" >"$build/main.txt" || { tail -n 20 "$build/main.txt"; exit 1; }
 echo "equal on every level: $(awk '{print $1}' "$build/main.txt" | wc -l) lines"
