@@ -1,78 +1,18 @@
-/* matmul_avx2.c - the matmuls of matmul.c with AVX2 (and F16C, FMA).
- *
- * Group types (Q8_0, INT8, INT4) come in two shapes, chosen by the number of tokens:
- *
- * Few tokens: bound by reading the weights.  One row at a time is streamed in storage order, since
- * memory serves one stream best, with software prefetch past the ends of rows.  Codes are widened
- * to int16 and multiplied with vpmaddwd, which leaves each sum spread over 8 lanes; four sums (four
- * groups, or the four blocks of a Q8_0 group) are folded together, which costs little more than one.
- *
- * Many tokens: bound by arithmetic.  A tile is TILE rows by one group.  Its codes are repacked once
- * into int16 pairs, rows in lanes: lane r of pairs[i] holds columns 2i and 2i+1 of row r.  Then a
- * token's pair (2i, 2i+1) broadcast to all lanes meets all rows in one vpmaddwd, and the sums come
- * out one per lane: no folding.  BLOCK tokens share each load of weights; their accumulators fill
- * most of the registers.  y is summed over groups in a small buffer.
- *
- * Dense types: the eight accumulators of sum8 are the lanes of two vectors of doubles.  A product is
- * exact in float64, so that FMA rounds as multiply and add do.  The additions of one sum form one
- * chain, whose latency is hidden by working on several rows (and tokens) at once.
- */
-#include "kernels.h"
+/* matmul_avx2.c - the matmuls of matmul.c with AVX2, F16C and FMA; see matmul_x86.h for how. */
+#define LANES 8
+#define BLOCK 4
+#define FEW_TOKENS 4
 
 #include <immintrin.h>
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
+typedef __m256i ints;
+typedef __m256 floats;
 
-/* Before a loop of constant length at most 8 over an array of vectors, so that they get registers. */
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 8")
-#endif
+#include "matmul_x86.h"
+
 /* sum += v.  Written out, since gcc copies the sums of a loop from register to register otherwise,
  * and moves the additions about until it runs out of registers. */
 #define ADD(sum, v) __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(v))
-
-#define TILE 16     /* rows: two vectors */
-#define PAIRS (PE_GROUP / 2)
-#define BLOCK 4     /* tokens that share the loads of weights */
-#define CHUNK 128   /* tokens whose y share a buffer */
-#define FEW_TOKENS 3
-#define ROWS 4          /* that few tokens take at a time */
-#define SCALES_AHEAD 32 /* rows whose scales share a cache line */
-#define FEW_GROUPS 64 /* above it, few tokens are treated as many */
-#define BLOCKS (PE_GROUP / PE_BLOCK)
-#define Q8_BYTES (2 + PE_BLOCK)
-
-/* Bytes of n columns in one row. */
-ALWAYS_INLINE int64_t bytes_of(int type, int64_t n)
-{
-    switch (type) {
-    case PE_Q8_0:
-        return n / PE_BLOCK * Q8_BYTES;
-    case PE_INT8:
-        return n;
-    case PE_INT4:
-    case PE_F16:
-    case PE_BF16:
-        return type == PE_INT4 ? n / 2 : n * 2;
-    default:
-        return n * 4;
-    }
-}
-
-/* Into the nearest cache, or the second one. */
-ALWAYS_INLINE void prefetch1(const uint8_t *p, int64_t bytes)
-{
-    for (int64_t i = 0; i < bytes; i += 64)
-        _mm_prefetch((const char *)p + i, _MM_HINT_T0);
-}
-
-ALWAYS_INLINE void prefetch2(const uint8_t *p, int64_t bytes)
-{
-    for (int64_t i = 0; i < bytes; i += 64)
-        _mm_prefetch((const char *)p + i, _MM_HINT_T1);
-}
 
 /* ---- few tokens ------------------------------------------------------------------------------ */
 
@@ -93,7 +33,7 @@ ALWAYS_INLINE __m256i dot32(const uint8_t *codes, const int16_t *q)
     return _mm256_add_epi32(dot16(widen8(codes), q), dot16(widen8(codes + 16), q + 16));
 }
 
-/* 16 bytes of nibbles, q as split_token leaves it.  Nibble = code + 8: see split_token. */
+/* 16 bytes of nibbles, q as split_token leaves it.  */
 ALWAYS_INLINE __m256i dot32_nibbles(const uint8_t *codes, const int16_t *q)
 {
     __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)codes));
@@ -124,9 +64,26 @@ ALWAYS_INLINE __m128i fold_lanes(__m256i v)
     return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
 }
 
-/* For nibbles: each 32 columns of q as the 16 even ones, then the 16 odd ones, as they meet the lower
- * and the upper nibbles; and what the sum over each group of q * nibble exceeds that of q * code by,
- * 8 times the sum of q. */
+ALWAYS_INLINE __m128i dots_of_group(int type, const uint8_t *const *row, int64_t at,
+                                    const int16_t *q)
+{
+    __m256i v[ROWS];
+    UNROLL
+    for (int i = 0; i < ROWS; i++)
+        v[i] = dot_group(type, row[i] + at, q);
+    return fold_lanes(fold4(v[0], v[1], v[2], v[3]));
+}
+
+ALWAYS_INLINE __m128i dots_of_block(const uint8_t *const *row, int64_t at, const int16_t *q)
+{
+    __m256i v[ROWS];
+    UNROLL
+    for (int i = 0; i < ROWS; i++)
+        v[i] = dot32(row[i] + at, q);
+    return fold_lanes(fold4(v[0], v[1], v[2], v[3]));
+}
+
+/* Each 32 columns become the 16 even ones, then the 16 odd ones. */
 ALWAYS_INLINE void split_token(const int16_t *q, int64_t groups, int16_t *split, int32_t *excess)
 {
     for (int64_t g = 0; g < groups; g++) {
@@ -141,138 +98,7 @@ ALWAYS_INLINE void split_token(const int16_t *q, int64_t groups, int16_t *split,
     }
 }
 
-/* What few_rows works on: ROWS rows of the matrix, and one token. */
-typedef struct {
-    const uint8_t *row[ROWS];
-    const uint16_t *scales; /* INT8, INT4: of the first row and group; the next group's scale_ld on */
-    int64_t scale_ld;
-    int64_t n;              /* rows that exist; the others repeat the last one */
-    const int16_t *q;       /* as split_token leaves it, if INT4 */
-    const int32_t *excess;  /* INT4: of split_token */
-    const float *s_x;
-} few;
-
-ALWAYS_INLINE __m128 load_scales(const uint16_t *halves, int64_t n)
-{
-    uint64_t four = 0; /* the array may end here */
-    if (n == ROWS)
-        memcpy(&four, halves, sizeof four);
-    else
-        memcpy(&four, halves, (size_t)n * sizeof halves[0]);
-    return _mm_cvtph_ps(_mm_cvtsi64_si128((long long)four));
-}
-
-ALWAYS_INLINE __m128 block_scales(const few *f, int64_t at)
-{
-    __m128i h = _mm_cvtsi32_si128(pe_load_u16(f->row[0] + at));
-    h = _mm_insert_epi16(h, pe_load_u16(f->row[1] + at), 1);
-    h = _mm_insert_epi16(h, pe_load_u16(f->row[2] + at), 2);
-    return _mm_cvtph_ps(_mm_insert_epi16(h, pe_load_u16(f->row[3] + at), 3));
-}
-
-/* Group g of INT8 or INT4, whose codes are at byte `at` of the rows: its part of the four y. */
-ALWAYS_INLINE __m128 group_part(int type, const few *f, int64_t g, int64_t at)
-{
-    const int16_t *q = f->q + g * PE_GROUP;
-    __m256i v[ROWS];
-    UNROLL
-    for (int i = 0; i < ROWS; i++)
-        v[i] = dot_group(type, f->row[i] + at, q);
-    __m128i d = fold_lanes(fold4(v[0], v[1], v[2], v[3]));
-    if (type == PE_INT4)
-        d = _mm_sub_epi32(d, _mm_set1_epi32(f->excess[g]));
-    __m128 s = load_scales(f->scales + g * f->scale_ld, f->n);
-    return _mm_mul_ps(_mm_cvtepi32_ps(d), _mm_mul_ps(s, _mm_set1_ps(f->s_x[g])));
-}
-
-/* Group g of Q8_0. */
-ALWAYS_INLINE __m128 blocks_part(const few *f, int64_t g, int64_t at)
-{
-    __m128 p[BLOCKS];
-    UNROLL
-    for (int b = 0; b < BLOCKS; b++) {
-        const int16_t *q = f->q + g * PE_GROUP + b * PE_BLOCK;
-        int64_t block = at + b * Q8_BYTES;
-        __m256i v[ROWS];
-    UNROLL
-        for (int i = 0; i < ROWS; i++)
-            v[i] = dot32(f->row[i] + block + 2, q);
-        __m128i d = fold_lanes(fold4(v[0], v[1], v[2], v[3]));
-        p[b] = _mm_mul_ps(_mm_cvtepi32_ps(d), block_scales(f, block));
-    }
-    __m128 sum = _mm_add_ps(_mm_add_ps(p[0], p[1]), _mm_add_ps(p[2], p[3]));
-    return _mm_mul_ps(sum, _mm_set1_ps(f->s_x[g]));
-}
-
-ALWAYS_INLINE __m128 few_part(int type, const few *f, int64_t g, int64_t at)
-{
-    return type == PE_Q8_0 ? blocks_part(f, g, at) : group_part(type, f, g, at);
-}
-
-/* y of rows [r, r + n) of w, at most ROWS; q and excess as the type wants them. */
-ALWAYS_INLINE void few_rows(int type, const pe_matrix *w, int64_t r, int64_t n,
-                            const pe_activations *a, const int16_t *q, const int32_t *excess,
-                            float *y, int64_t ldy)
-{
-    const int64_t groups = pe_groups(w->cols), full = w->cols / PE_GROUP;
-    const int64_t row_bytes = bytes_of(type, w->cols), bytes = bytes_of(type, PE_GROUP);
-    const uint8_t *row = (const uint8_t *)w->data + r * row_bytes, *next = row + ROWS * row_bytes;
-    uint8_t last[ROWS][BLOCKS * Q8_BYTES]; /* a short last group, filled up with zeros */
-    few f = {.scales = w->scales ? w->scales + r : NULL, .scale_ld = w->scale_ld, .n = n};
-    if (full < groups)
-        for (int i = 0; i < ROWS; i++) {
-            memset(last[i], 0, sizeof last[i]);
-            memcpy(last[i], row + pe_min(i, n - 1) * row_bytes + full * bytes,
-                   (size_t)(row_bytes - full * bytes));
-        }
-    for (int64_t t = 0; t < a->tokens; t++) {
-        f.q = q + t * groups * PE_GROUP;
-        f.excess = excess + t * groups;
-        f.s_x = a->scales + t * groups;
-        for (int i = 0; i < ROWS; i++)
-            f.row[i] = row + pe_min(i, n - 1) * row_bytes;
-        __m128 sum = _mm_setzero_ps();
-        for (int64_t g = 0; g < full; g++) {
-            if (t == 0 && type == PE_INT8) /* by measurement */
-                prefetch2(next + g * ROWS * bytes, ROWS * bytes);
-            else if (t == 0)
-                prefetch1(next + g * ROWS * bytes, ROWS * bytes);
-            sum = _mm_add_ps(sum, few_part(type, &f, g, g * bytes));
-        }
-        if (full < groups) {
-            for (int i = 0; i < ROWS; i++)
-                f.row[i] = last[i];
-            sum = _mm_add_ps(sum, few_part(type, &f, full, 0));
-        }
-        memcpy(y + t * ldy + r, &sum, (size_t)n * sizeof(float));
-    }
-}
-
-ALWAYS_INLINE void matmul_few(int type, const pe_matrix *w, int64_t row0, int64_t row1,
-                              const pe_activations *a, float *y, int64_t ldy)
-{
-    const int64_t groups = pe_groups(w->cols), ld = groups * PE_GROUP;
-    _Alignas(64) int16_t q[FEW_TOKENS * FEW_GROUPS * PE_GROUP]; /* vectors within cache lines */
-    int32_t excess[FEW_TOKENS * FEW_GROUPS];
-    if (type == PE_INT4)
-        for (int64_t t = 0; t < a->tokens; t++)
-            split_token(a->q + t * ld, groups, q + t * ld, excess + t * groups);
-    else
-        memcpy(q, a->q, (size_t)(a->tokens * ld) * sizeof q[0]);
-    for (int64_t r = row0; r < row1; r += ROWS) {
-        if (type != PE_Q8_0 && r % SCALES_AHEAD == 0)
-            for (int64_t g = 0; g < groups; g++)
-                prefetch1((const uint8_t *)(w->scales + g * w->scale_ld + r + SCALES_AHEAD), 1);
-        few_rows(type, w, r, pe_min(ROWS, row1 - r), a, q, excess, y, ldy);
-    }
-}
-
 /* ---- many tokens ----------------------------------------------------------------------------- */
-
-typedef struct {
-    __m256i pairs[PAIRS][2];  /* [.][h] lane r: two columns of row 8 h + r */
-    __m256 scale[BLOCKS][2];  /* INT8, INT4: only [0] */
-} tile;
 
 /* 16 bytes of each of 8 rows: o[j] holds bytes 4j .. 4j+3 of all, rows in lanes. */
 ALWAYS_INLINE void gather16(const uint8_t *const *row, int64_t at, __m256i o[4])
@@ -325,25 +151,6 @@ ALWAYS_INLINE void pack4(const uint8_t *const *row, int64_t at, __m256i (*pairs)
     }
 }
 
-/* row[i] is where row i's full group starts. */
-ALWAYS_INLINE void pack_tile(int type, const uint8_t *const *row, tile *w)
-{
-    for (int h = 0; h < 2; h++) {
-        const uint8_t *const *half = row + 8 * h;
-        if (type == PE_Q8_0)
-            for (int c = 0; c < PE_GROUP; c += 16)
-                pack8(half, c / PE_BLOCK * Q8_BYTES + 2 + c % PE_BLOCK, w->pairs + c / 2, h);
-        else if (type == PE_INT8)
-            for (int c = 0; c < PE_GROUP; c += 16)
-                pack8(half, c, w->pairs + c / 2, h);
-        else
-            for (int c = 0; c < PE_GROUP; c += 32)
-                pack4(half, c / 2, w->pairs + c / 2, h);
-    }
-}
-
-/* The scales of rows [0, n) of a tile's group: halves is its line of w->scales, or else (Q8_0) they
- * stand in the blocks that row points at. */
 ALWAYS_INLINE void pack_scales(int type, const uint8_t *const *row, const uint16_t *halves,
                                int64_t n, tile *w)
 {
@@ -363,7 +170,6 @@ ALWAYS_INLINE void pack_scales(int type, const uint8_t *const *row, const uint16
     }
 }
 
-/* One tile times n <= BLOCK tokens (a constant): y[t] += their parts of this group. */
 ALWAYS_INLINE void tile_times_tokens(int type, const tile *w, const int16_t *q, int64_t ld,
                                      const float *s_x, int64_t groups, float (*y)[TILE], int n)
 {
@@ -371,13 +177,13 @@ ALWAYS_INLINE void tile_times_tokens(int type, const tile *w, const int16_t *q, 
     __m256 part[BLOCKS][BLOCK][2];
     for (int b = 0; b < blocks; b++) {
         __m256i lo[BLOCK], hi[BLOCK];
-    UNROLL
+        UNROLL
         for (int t = 0; t < n; t++)
             lo[t] = hi[t] = _mm256_setzero_si256();
         const int16_t *x = q + b * steps * 2;
         for (int i = b * steps; i < (b + 1) * steps; i++, x += 2) {
             __m256i w0 = w->pairs[i][0], w1 = w->pairs[i][1];
-    UNROLL
+            UNROLL
             for (int t = 0; t < n; t++) {
                 int32_t pair;
                 memcpy(&pair, x + t * ld, sizeof pair);
@@ -386,7 +192,7 @@ ALWAYS_INLINE void tile_times_tokens(int type, const tile *w, const int16_t *q, 
                 ADD(hi[t], _mm256_madd_epi16(w1, v));
             }
         }
-    UNROLL
+        UNROLL
         for (int t = 0; t < n; t++) {
             if (type == PE_Q8_0) {
                 part[b][t][0] = _mm256_mul_ps(_mm256_cvtepi32_ps(lo[t]), w->scale[b][0]);
@@ -410,82 +216,6 @@ ALWAYS_INLINE void tile_times_tokens(int type, const tile *w, const int16_t *q, 
                 p = _mm256_mul_ps(p, _mm256_set1_ps(s_x[t * groups]));
                 _mm256_storeu_ps(y[t] + 8 * h, _mm256_add_ps(_mm256_loadu_ps(y[t] + 8 * h), p));
             }
-}
-
-/* One tile times n tokens, in blocks of about equal size. */
-ALWAYS_INLINE void tile_times_chunk(int type, const tile *w, const int16_t *q, int64_t ld,
-                                    const float *s_x, int64_t groups, float (*y)[TILE], int64_t n)
-{
-    for (int64_t left = n, size; left; left -= size) {
-        int64_t blocks = (left + BLOCK - 1) / BLOCK;
-        size = (left + blocks - 1) / blocks;
-        switch (size) {
-#define CASE(k)                                                                                    \
-    case k:                                                                                        \
-        tile_times_tokens(type, w, q, ld, s_x, groups, y, k);                                      \
-        break;
-            CASE(1) CASE(2) CASE(3) CASE(4)
-#undef CASE
-        }
-        q += size * ld;
-        s_x += size * groups;
-        y += size;
-    }
-}
-
-/* Rows [r, r + rows) of w, at most TILE, times tokens [t0, t0 + n), at most CHUNK.  next: the tile to
- * be used next, if it is not in a cache. */
-ALWAYS_INLINE void matmul_tile(int type, const pe_matrix *w, int64_t r, int64_t rows,
-                               const pe_activations *a, int64_t t0, int64_t n, float *y,
-                               int64_t ldy, const uint8_t *next)
-{
-    const int64_t groups = pe_groups(w->cols), ld = groups * PE_GROUP;
-    const int64_t group_bytes = bytes_of(type, PE_GROUP), row_bytes = bytes_of(type, w->cols);
-    const int16_t *q = a->q + t0 * ld;
-    const float *s_x = a->scales + t0 * groups;
-    tile packed;
-    float sum[CHUNK][TILE];
-    memset(sum, 0, (size_t)n * sizeof sum[0]);
-
-    const uint8_t *row[TILE]; /* rows past the last repeat it: what they give is not stored */
-    for (int i = 0; i < TILE; i++)
-        row[i] = (const uint8_t *)w->data + (r + pe_min(i, rows - 1)) * row_bytes;
-    for (int64_t g = 0; g < groups; g++) {
-        uint8_t last[TILE][BLOCKS * Q8_BYTES]; /* a short last group, filled up with zeros */
-        if (w->cols < (g + 1) * PE_GROUP)
-            for (int i = 0; i < TILE; i++) {
-                memset(last[i], 0, sizeof last[i]);
-                memcpy(last[i], row[i], (size_t)(row_bytes - g * group_bytes));
-                row[i] = last[i];
-            }
-        if (next) /* while this tile is used, the next one is fetched, in storage order */
-            prefetch2(next + g * TILE * group_bytes, TILE * group_bytes);
-        pack_scales(type, row, w->scales ? w->scales + g * w->scale_ld + r : NULL, rows, &packed);
-        pack_tile(type, row, &packed);
-        tile_times_chunk(type, &packed, q + g * PE_GROUP, ld, s_x + g, groups, sum, n);
-        for (int i = 0; i < TILE; i++)
-            row[i] += group_bytes;
-    }
-    for (int64_t t = 0; t < n; t++)
-        memcpy(y + (t0 + t) * ldy + r, sum[t], (size_t)rows * sizeof(float));
-}
-
-ALWAYS_INLINE void matmul_group_type(int type, const pe_matrix *w, int64_t row0, int64_t row1,
-                                     const pe_activations *a, float *y, int64_t ldy)
-{
-    if (a->tokens <= FEW_TOKENS && w->cols <= FEW_GROUPS * PE_GROUP) {
-        matmul_few(type, w, row0, row1, a, y, ldy);
-        return;
-    }
-    const int64_t row_bytes = bytes_of(type, w->cols);
-    for (int64_t t = 0; t < a->tokens; t += CHUNK)
-        for (int64_t r = row0; r < row1; r += TILE) {
-            const uint8_t *next = t == 0 && r + TILE < row1
-                                      ? (const uint8_t *)w->data + (r + TILE) * row_bytes
-                                      : NULL;
-            matmul_tile(type, w, r, pe_min(TILE, row1 - r), a, t, pe_min(CHUNK, a->tokens - t), y,
-                        ldy, next);
-        }
 }
 
 static void matmul_q8_0(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,
@@ -516,7 +246,8 @@ ALWAYS_INLINE __m256d load_doubles(int type, const void *p)
     __m128i h = _mm_loadl_epi64(p);
     if (type == PE_F16)
         return _mm256_cvtps_pd(_mm_cvtph_ps(h));
-    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(h), 16)));
+    /* Each 16 bits become the upper half of 32. */
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), h)));
 }
 
 ALWAYS_INLINE float tree8(__m256d lo, __m256d hi)
@@ -540,25 +271,17 @@ ALWAYS_INLINE void dense_step(int type, const uint8_t *const *row, const float *
     UNROLL
     for (int h = 0; h < 2; h++) {
         __m256d u[DENSE_TOKENS];
-    UNROLL
+        UNROLL
         for (int t = 0; t < tokens; t++)
             u[t] = load_doubles(PE_F32, x[t] + c + 4 * h);
-    UNROLL
+        UNROLL
         for (int r = 0; r < rows; r++) {
             __m256d v = load_doubles(type, row[r] + bytes_of(type, c + 4 * h));
-    UNROLL
+            UNROLL
             for (int t = 0; t < tokens; t++)
                 sum[t][r].half[h] = _mm256_fmadd_pd(u[t], v, sum[t][r].half[h]);
         }
     }
-}
-
-/* While columns [c, c + 8) of some rows are used, the same share of the next rows is fetched, but in
- * storage order: memory sees one stream. */
-ALWAYS_INLINE void prefetch_next_rows(int type, const uint8_t *next, int64_t c, int rows)
-{
-    for (int64_t i = bytes_of(type, c) * rows; i < bytes_of(type, c + 8) * rows; i += 64)
-        _mm_prefetch((const char *)next + i, _MM_HINT_T0);
 }
 
 /* rows <= DENSE_ROWS rows times tokens <= DENSE_TOKENS tokens, both constants. */
@@ -566,13 +289,14 @@ ALWAYS_INLINE void dense_block(int type, const uint8_t *data, int64_t cols, cons
                                float *y, int64_t ldy, int rows, int tokens)
 {
     const int64_t row_bytes = bytes_of(type, cols), end = cols / 8 * 8;
+    const int near = fits_near(type, rows * row_bytes);
     const uint8_t *row[DENSE_ROWS];
     const float *token[DENSE_TOKENS];
     sum8 sum[DENSE_TOKENS][DENSE_ROWS];
     UNROLL
     for (int t = 0; t < tokens; t++) {
         token[t] = x + t * cols;
-    UNROLL
+        UNROLL
         for (int r = 0; r < rows; r++)
             sum[t][r].half[0] = sum[t][r].half[1] = _mm256_setzero_pd();
     }
@@ -580,8 +304,9 @@ ALWAYS_INLINE void dense_block(int type, const uint8_t *data, int64_t cols, cons
     for (int r = 0; r < rows; r++)
         row[r] = data + r * row_bytes;
     for (int64_t c = 0; c < end; c += 8) {
-        if (tokens == 1)
-            prefetch_next_rows(type, data + rows * row_bytes, c, rows);
+        if (tokens == 1) /* the same share of the next rows, in storage order */
+            prefetch_next(near, data + rows * (row_bytes + bytes_of(type, c)),
+                          rows * bytes_of(type, 8));
         dense_step(type, row, token, c, rows, tokens, sum);
     }
     if (end < cols) { /* the last columns, filled up with zeros */
@@ -599,7 +324,7 @@ ALWAYS_INLINE void dense_block(int type, const uint8_t *data, int64_t cols, cons
     }
     UNROLL
     for (int t = 0; t < tokens; t++)
-    UNROLL
+        UNROLL
         for (int r = 0; r < rows; r++)
             y[t * ldy + r] = tree8(sum[t][r].half[0], sum[t][r].half[1]);
 }

@@ -1,78 +1,18 @@
-/* matmul_avx512vnni.c - the matmuls of matmul.c with AVX-512 and VNNI.
- *
- * Group types (Q8_0, INT8, INT4) come in two shapes, chosen by the number of tokens:
- *
- * Few tokens: bound by reading the weights.  One row at a time is streamed in storage order, since
- * memory serves one stream best, with software prefetch past the ends of rows.  Codes are widened
- * to int16 and multiplied with vpdpwssd, which leaves each sum spread over 16 lanes; four sums (four
- * groups, or the four blocks of a Q8_0 group) are folded together, which costs little more than one.
- *
- * Many tokens: bound by arithmetic.  A tile is TILE rows by one group.  Its codes are repacked once
- * into int16 pairs, rows in lanes: lane r of pairs[i] holds columns 2i and 2i+1 of row r.  Then a
- * token's pair (2i, 2i+1) broadcast to all lanes meets all rows in one vpdpwssd, and the sums come
- * out one per lane: no folding.  BLOCK tokens share each load of weights; their accumulators fill
- * most of the registers.  y is summed over groups in a small buffer.
- *
- * Dense types: the eight accumulators of sum8 are the lanes of one vector of doubles.  A product is
- * exact in float64, so that FMA rounds as multiply and add do.  The additions of one sum form one
- * chain, whose latency is hidden by working on several rows (and tokens) at once.
- */
-#include "kernels.h"
+/* matmul_avx512vnni.c - the matmuls of matmul.c with AVX-512 and VNNI; see matmul_x86.h for how. */
+#define LANES 16
+#define BLOCK 8
+#define FEW_TOKENS 5
 
 #include <immintrin.h>
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
+typedef __m512i ints;
+typedef __m512 floats;
 
-/* Before a loop of constant length at most 8 over an array of vectors, so that they get registers. */
-#ifdef __clang__
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 8")
-#endif
+#include "matmul_x86.h"
+
 /* v has its value now, in a register: left to itself, gcc moves sums and loads about until it runs
  * out of registers. */
 #define PIN(v) __asm__ volatile("" : "+v"(v))
-
-#define TILE 32     /* rows: two vectors */
-#define PAIRS (PE_GROUP / 2)
-#define BLOCK 8     /* tokens that share the loads of weights */
-#define CHUNK 128   /* tokens whose y share a buffer */
-#define FEW_TOKENS 3
-#define ROWS 4          /* that few tokens take at a time */
-#define SCALES_AHEAD 32 /* rows whose scales share a cache line */
-#define FEW_GROUPS 64 /* above it, few tokens are treated as many */
-#define BLOCKS (PE_GROUP / PE_BLOCK)
-#define Q8_BYTES (2 + PE_BLOCK)
-
-/* Bytes of n columns in one row. */
-ALWAYS_INLINE int64_t bytes_of(int type, int64_t n)
-{
-    switch (type) {
-    case PE_Q8_0:
-        return n / PE_BLOCK * Q8_BYTES;
-    case PE_INT8:
-        return n;
-    case PE_INT4:
-    case PE_F16:
-    case PE_BF16:
-        return type == PE_INT4 ? n / 2 : n * 2;
-    default:
-        return n * 4;
-    }
-}
-
-/* Into the nearest cache, or the second one. */
-ALWAYS_INLINE void prefetch1(const uint8_t *p, int64_t bytes)
-{
-    for (int64_t i = 0; i < bytes; i += 64)
-        _mm_prefetch((const char *)p + i, _MM_HINT_T0);
-}
-
-ALWAYS_INLINE void prefetch2(const uint8_t *p, int64_t bytes)
-{
-    for (int64_t i = 0; i < bytes; i += 64)
-        _mm_prefetch((const char *)p + i, _MM_HINT_T1);
-}
 
 /* ---- few tokens ------------------------------------------------------------------------------ */
 
@@ -87,25 +27,45 @@ ALWAYS_INLINE __m512i dot32(__m512i sum, __m512i codes, const int16_t *q)
     return _mm512_dpwssd_epi32(sum, codes, _mm512_loadu_si512(q));
 }
 
-/* 32 bytes of nibbles, q as split_token leaves it.  Nibble = code + 8: see split_token. */
-ALWAYS_INLINE __m512i dot64_nibbles(const uint8_t *codes, const int16_t *q)
+/* A group of nibbles with vpdpbusd, of unsigned with signed bytes, which spares widening them: q is
+ * 256 high + low, high signed and low unsigned, as split_token leaves it; a nibble is either. */
+ALWAYS_INLINE __m512i dot_nibbles(const uint8_t *codes, const int16_t *q)
 {
-    __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)codes));
-    __m512i even = _mm512_and_si512(pairs, _mm512_set1_epi16(15));
-    return dot32(dot32(_mm512_setzero_si512(), even, q), _mm512_srli_epi16(pairs, 4), q + 32);
+    const __m512i mask = _mm512_set1_epi8(15);
+    __m512i pairs = _mm512_loadu_si512(codes);
+    __m512i even = _mm512_and_si512(pairs, mask);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), mask);
+    __m512i high = _mm512_setzero_si512(), low = high;
+    high = _mm512_dpbusd_epi32(high, even, _mm512_loadu_si512(q));
+    low = _mm512_dpbusd_epi32(low, _mm512_loadu_si512(q + 32), even);
+    high = _mm512_dpbusd_epi32(high, odd, _mm512_loadu_si512(q + 64));
+    low = _mm512_dpbusd_epi32(low, _mm512_loadu_si512(q + 96), odd);
+    return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
 }
 
 /* q * code over a whole group (INT4: q * nibble); two chains. */
 ALWAYS_INLINE __m512i dot_group(int type, const uint8_t *codes, const int16_t *q)
 {
     if (type == PE_INT4)
-        return _mm512_add_epi32(dot64_nibbles(codes, q), dot64_nibbles(codes + 32, q + 64));
+        return dot_nibbles(codes, q);
     __m512i a = _mm512_setzero_si512(), b = a;
     a = dot32(a, widen8(codes), q);
     b = dot32(b, widen8(codes + 32), q + 32);
     a = dot32(a, widen8(codes + 64), q + 64);
     b = dot32(b, widen8(codes + 96), q + 96);
     return _mm512_add_epi32(a, b);
+}
+
+/* q * code over a block, in 8 parts: the sums are folded more often than those of groups, and half
+ * the width costs half as much. */
+ALWAYS_INLINE __m256i dot_block(const uint8_t *codes, const int16_t *q)
+{
+    __m256i sum = _mm256_setzero_si256();
+    for (int i = 0; i < PE_BLOCK; i += 16)
+        sum = _mm256_dpwssd_epi32(
+            sum, _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(codes + i))),
+            _mm256_loadu_si256((const void *)(q + i)));
+    return sum;
 }
 
 /* Each 128-bit lane of the result is (a, b, c, d), and its lanes are still to be summed. */
@@ -116,170 +76,67 @@ ALWAYS_INLINE __m512i fold4(__m512i a, __m512i b, __m512i c, __m512i d)
     return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
 }
 
-ALWAYS_INLINE __m128i fold_lanes(__m512i v)
+ALWAYS_INLINE __m256i fold4_halves(__m256i a, __m256i b, __m256i c, __m256i d)
 {
-    __m256i h = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+    __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
 }
 
-/* For nibbles: each 64 columns of q as the 32 even ones, then the 32 odd ones, as they meet the lower
- * and the upper nibbles; and what the sum over each group of q * nibble exceeds that of q * code by,
- * 8 times the sum of q. */
+ALWAYS_INLINE __m128i fold_halves(__m256i v)
+{
+    return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
+
+ALWAYS_INLINE __m128i fold_lanes(__m512i v)
+{
+    return fold_halves(_mm256_add_epi32(_mm512_castsi512_si256(v),
+                                        _mm512_extracti64x4_epi64(v, 1)));
+}
+
+ALWAYS_INLINE __m128i dots_of_group(int type, const uint8_t *const *row, int64_t at,
+                                    const int16_t *q)
+{
+    __m512i v[ROWS];
+    UNROLL
+    for (int i = 0; i < ROWS; i++)
+        v[i] = dot_group(type, row[i] + at, q);
+    return fold_lanes(fold4(v[0], v[1], v[2], v[3]));
+}
+
+ALWAYS_INLINE __m128i dots_of_block(const uint8_t *const *row, int64_t at, const int16_t *q)
+{
+    __m256i v[ROWS];
+    UNROLL
+    for (int i = 0; i < ROWS; i++)
+        v[i] = dot_block(row[i] + at, q);
+    return fold_halves(fold4_halves(v[0], v[1], v[2], v[3]));
+}
+
+/* A group becomes four times 64 bytes: high and low of its even columns, then of its odd ones. */
 ALWAYS_INLINE void split_token(const int16_t *q, int64_t groups, int16_t *split, int32_t *excess)
 {
-    for (int64_t g = 0; g < groups; g++) {
+    for (int64_t g = 0; g < groups; g++, q += PE_GROUP) {
+        uint8_t *to = (uint8_t *)(split + g * PE_GROUP);
         __m512i sum = _mm512_setzero_si512();
-        for (int64_t c = g * PE_GROUP; c < (g + 1) * PE_GROUP; c += 64) {
-            __m512i a = _mm512_loadu_si512(q + c), b = _mm512_loadu_si512(q + c + 32);
-            sum = _mm512_dpwssd_epi32(sum, a, _mm512_set1_epi16(8));
-            sum = _mm512_dpwssd_epi32(sum, b, _mm512_set1_epi16(8));
-            _mm256_storeu_si256((void *)(split + c), _mm512_cvtepi32_epi16(a));
-            _mm256_storeu_si256((void *)(split + c + 16), _mm512_cvtepi32_epi16(b));
-            _mm256_storeu_si256((void *)(split + c + 32),
-                                _mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)));
-            _mm256_storeu_si256((void *)(split + c + 48),
-                                _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)));
+        for (int i = 0; i < PE_GROUP; i += 32, to += 16) {
+            __m512i x = _mm512_loadu_si512(q + i), odd = _mm512_srai_epi32(x, 16);
+            sum = _mm512_dpwssd_epi32(sum, x, _mm512_set1_epi16(8));
+            _mm_storeu_si128((void *)to, _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
+            _mm_storeu_si128((void *)(to + 64), _mm512_cvtepi32_epi8(x));
+            _mm_storeu_si128((void *)(to + 128), _mm512_cvtepi32_epi8(_mm512_srli_epi32(odd, 8)));
+            _mm_storeu_si128((void *)(to + 192), _mm512_cvtepi32_epi8(odd));
         }
         excess[g] = _mm512_reduce_add_epi32(sum);
     }
 }
 
-/* What few_rows works on: ROWS rows of the matrix, and one token. */
-typedef struct {
-    const uint8_t *row[ROWS];
-    const uint16_t *scales; /* INT8, INT4: of the first row and group; the next group's scale_ld on */
-    int64_t scale_ld;
-    int64_t n;              /* rows that exist; the others repeat the last one */
-    const int16_t *q;       /* as split_token leaves it, if INT4 */
-    const int32_t *excess;  /* INT4: of split_token */
-    const float *s_x;
-} few;
-
-ALWAYS_INLINE __m128 load_scales(const uint16_t *halves, int64_t n)
-{
-    uint64_t four = 0; /* the array may end here */
-    if (n == ROWS)
-        memcpy(&four, halves, sizeof four);
-    else
-        memcpy(&four, halves, (size_t)n * sizeof halves[0]);
-    return _mm_cvtph_ps(_mm_cvtsi64_si128((long long)four));
-}
-
-ALWAYS_INLINE __m128 block_scales(const few *f, int64_t at)
-{
-    __m128i h = _mm_cvtsi32_si128(pe_load_u16(f->row[0] + at));
-    h = _mm_insert_epi16(h, pe_load_u16(f->row[1] + at), 1);
-    h = _mm_insert_epi16(h, pe_load_u16(f->row[2] + at), 2);
-    return _mm_cvtph_ps(_mm_insert_epi16(h, pe_load_u16(f->row[3] + at), 3));
-}
-
-/* Group g of INT8 or INT4, whose codes are at byte `at` of the rows: its part of the four y. */
-ALWAYS_INLINE __m128 group_part(int type, const few *f, int64_t g, int64_t at)
-{
-    const int16_t *q = f->q + g * PE_GROUP;
-    __m512i v[ROWS];
-    UNROLL
-    for (int i = 0; i < ROWS; i++)
-        v[i] = dot_group(type, f->row[i] + at, q);
-    __m128i d = fold_lanes(fold4(v[0], v[1], v[2], v[3]));
-    if (type == PE_INT4)
-        d = _mm_sub_epi32(d, _mm_set1_epi32(f->excess[g]));
-    __m128 s = load_scales(f->scales + g * f->scale_ld, f->n);
-    return _mm_mul_ps(_mm_cvtepi32_ps(d), _mm_mul_ps(s, _mm_set1_ps(f->s_x[g])));
-}
-
-/* Group g of Q8_0. */
-ALWAYS_INLINE __m128 blocks_part(const few *f, int64_t g, int64_t at)
-{
-    __m128 p[BLOCKS];
-    UNROLL
-    for (int b = 0; b < BLOCKS; b++) {
-        const int16_t *q = f->q + g * PE_GROUP + b * PE_BLOCK;
-        int64_t block = at + b * Q8_BYTES;
-        __m512i v[ROWS];
-    UNROLL
-        for (int i = 0; i < ROWS; i++)
-            v[i] = dot32(_mm512_setzero_si512(), widen8(f->row[i] + block + 2), q);
-        __m128i d = fold_lanes(fold4(v[0], v[1], v[2], v[3]));
-        p[b] = _mm_mul_ps(_mm_cvtepi32_ps(d), block_scales(f, block));
-    }
-    __m128 sum = _mm_add_ps(_mm_add_ps(p[0], p[1]), _mm_add_ps(p[2], p[3]));
-    return _mm_mul_ps(sum, _mm_set1_ps(f->s_x[g]));
-}
-
-ALWAYS_INLINE __m128 few_part(int type, const few *f, int64_t g, int64_t at)
-{
-    return type == PE_Q8_0 ? blocks_part(f, g, at) : group_part(type, f, g, at);
-}
-
-/* y of rows [r, r + n) of w, at most ROWS; q and excess as the type wants them. */
-ALWAYS_INLINE void few_rows(int type, const pe_matrix *w, int64_t r, int64_t n,
-                            const pe_activations *a, const int16_t *q, const int32_t *excess,
-                            float *y, int64_t ldy)
-{
-    const int64_t groups = pe_groups(w->cols), full = w->cols / PE_GROUP;
-    const int64_t row_bytes = bytes_of(type, w->cols), bytes = bytes_of(type, PE_GROUP);
-    const uint8_t *row = (const uint8_t *)w->data + r * row_bytes, *next = row + ROWS * row_bytes;
-    uint8_t last[ROWS][BLOCKS * Q8_BYTES]; /* a short last group, filled up with zeros */
-    few f = {.scales = w->scales ? w->scales + r : NULL, .scale_ld = w->scale_ld, .n = n};
-    if (full < groups)
-        for (int i = 0; i < ROWS; i++) {
-            memset(last[i], 0, sizeof last[i]);
-            memcpy(last[i], row + pe_min(i, n - 1) * row_bytes + full * bytes,
-                   (size_t)(row_bytes - full * bytes));
-        }
-    for (int64_t t = 0; t < a->tokens; t++) {
-        f.q = q + t * groups * PE_GROUP;
-        f.excess = excess + t * groups;
-        f.s_x = a->scales + t * groups;
-        for (int i = 0; i < ROWS; i++)
-            f.row[i] = row + pe_min(i, n - 1) * row_bytes;
-        __m128 sum = _mm_setzero_ps();
-        for (int64_t g = 0; g < full; g++) {
-            if (t == 0 && type == PE_INT8) /* by measurement */
-                prefetch2(next + g * ROWS * bytes, ROWS * bytes);
-            else if (t == 0)
-                prefetch1(next + g * ROWS * bytes, ROWS * bytes);
-            sum = _mm_add_ps(sum, few_part(type, &f, g, g * bytes));
-        }
-        if (full < groups) {
-            for (int i = 0; i < ROWS; i++)
-                f.row[i] = last[i];
-            sum = _mm_add_ps(sum, few_part(type, &f, full, 0));
-        }
-        memcpy(y + t * ldy + r, &sum, (size_t)n * sizeof(float));
-    }
-}
-
-ALWAYS_INLINE void matmul_few(int type, const pe_matrix *w, int64_t row0, int64_t row1,
-                              const pe_activations *a, float *y, int64_t ldy)
-{
-    const int64_t groups = pe_groups(w->cols), ld = groups * PE_GROUP;
-    _Alignas(64) int16_t q[FEW_TOKENS * FEW_GROUPS * PE_GROUP]; /* vectors within cache lines */
-    int32_t excess[FEW_TOKENS * FEW_GROUPS];
-    if (type == PE_INT4)
-        for (int64_t t = 0; t < a->tokens; t++)
-            split_token(a->q + t * ld, groups, q + t * ld, excess + t * groups);
-    else
-        memcpy(q, a->q, (size_t)(a->tokens * ld) * sizeof q[0]);
-    for (int64_t r = row0; r < row1; r += ROWS) {
-        if (type != PE_Q8_0 && r % SCALES_AHEAD == 0)
-            for (int64_t g = 0; g < groups; g++)
-                prefetch1((const uint8_t *)(w->scales + g * w->scale_ld + r + SCALES_AHEAD), 1);
-        few_rows(type, w, r, pe_min(ROWS, row1 - r), a, q, excess, y, ldy);
-    }
-}
-
 /* ---- many tokens ----------------------------------------------------------------------------- */
-
-typedef struct {
-    __m512i pairs[PAIRS][2];  /* [.][h] lane r: two columns of row 16 h + r */
-    __m512 scale[BLOCKS][2];  /* INT8, INT4: only [0] */
-} tile;
 
 ALWAYS_INLINE __m256i load_two(const uint8_t *low, const uint8_t *high)
 {
-    return _mm256_set_m128i(_mm_loadu_si128((const void *)high), _mm_loadu_si128((const void *)low));
+    return _mm256_set_m128i(_mm_loadu_si128((const void *)high),
+                            _mm_loadu_si128((const void *)low));
 }
 
 /* 16 bytes of each of 16 rows: o[j] holds bytes 4j .. 4j+3 of all, rows in lanes. */
@@ -335,25 +192,6 @@ ALWAYS_INLINE void pack4(const uint8_t *const *row, int64_t at, __m512i (*pairs)
     }
 }
 
-/* row[i] is where row i's full group starts. */
-ALWAYS_INLINE void pack_tile(int type, const uint8_t *const *row, tile *w)
-{
-    for (int h = 0; h < 2; h++) {
-        const uint8_t *const *half = row + 16 * h;
-        if (type == PE_Q8_0)
-            for (int c = 0; c < PE_GROUP; c += 16)
-                pack8(half, c / PE_BLOCK * Q8_BYTES + 2 + c % PE_BLOCK, w->pairs + c / 2, h);
-        else if (type == PE_INT8)
-            for (int c = 0; c < PE_GROUP; c += 16)
-                pack8(half, c, w->pairs + c / 2, h);
-        else
-            for (int c = 0; c < PE_GROUP; c += 32)
-                pack4(half, c / 2, w->pairs + c / 2, h);
-    }
-}
-
-/* The scales of rows [0, n) of a tile's group: halves is its line of w->scales, or else (Q8_0) they
- * stand in the blocks that row points at. */
 ALWAYS_INLINE void pack_scales(int type, const uint8_t *const *row, const uint16_t *halves,
                                int64_t n, tile *w)
 {
@@ -373,7 +211,6 @@ ALWAYS_INLINE void pack_scales(int type, const uint8_t *const *row, const uint16
     }
 }
 
-/* One tile times n <= BLOCK tokens (a constant): y[t] += their parts of this group. */
 ALWAYS_INLINE void tile_times_tokens(int type, const tile *w, const int16_t *q, int64_t ld,
                                      const float *s_x, int64_t groups, float (*y)[TILE], int n)
 {
@@ -381,7 +218,7 @@ ALWAYS_INLINE void tile_times_tokens(int type, const tile *w, const int16_t *q, 
     __m512 part[BLOCKS][BLOCK][2];
     for (int b = 0; b < blocks; b++) {
         __m512i lo[BLOCK], hi[BLOCK];
-    UNROLL
+        UNROLL
         for (int t = 0; t < n; t++)
             lo[t] = hi[t] = _mm512_setzero_si512();
         const int16_t *x = q + b * steps * 2;
@@ -389,7 +226,7 @@ ALWAYS_INLINE void tile_times_tokens(int type, const tile *w, const int16_t *q, 
             __m512i w0 = w->pairs[i][0], w1 = w->pairs[i][1];
             PIN(w0);
             PIN(w1);
-    UNROLL
+            UNROLL
             for (int t = 0; t < n; t++) {
                 int32_t pair;
                 memcpy(&pair, x + t * ld, sizeof pair);
@@ -401,7 +238,7 @@ ALWAYS_INLINE void tile_times_tokens(int type, const tile *w, const int16_t *q, 
                 PIN(hi[t]);
             }
         }
-    UNROLL
+        UNROLL
         for (int t = 0; t < n; t++) {
             if (type == PE_Q8_0) {
                 part[b][t][0] = _mm512_mul_ps(_mm512_cvtepi32_ps(lo[t]), w->scale[b][0]);
@@ -425,82 +262,6 @@ ALWAYS_INLINE void tile_times_tokens(int type, const tile *w, const int16_t *q, 
                 p = _mm512_mul_ps(p, _mm512_set1_ps(s_x[t * groups]));
                 _mm512_storeu_ps(y[t] + 16 * h, _mm512_add_ps(_mm512_loadu_ps(y[t] + 16 * h), p));
             }
-}
-
-/* One tile times n tokens, in blocks of about equal size. */
-ALWAYS_INLINE void tile_times_chunk(int type, const tile *w, const int16_t *q, int64_t ld,
-                                    const float *s_x, int64_t groups, float (*y)[TILE], int64_t n)
-{
-    for (int64_t left = n, size; left; left -= size) {
-        int64_t blocks = (left + BLOCK - 1) / BLOCK;
-        size = (left + blocks - 1) / blocks;
-        switch (size) {
-#define CASE(k)                                                                                    \
-    case k:                                                                                        \
-        tile_times_tokens(type, w, q, ld, s_x, groups, y, k);                                      \
-        break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-#undef CASE
-        }
-        q += size * ld;
-        s_x += size * groups;
-        y += size;
-    }
-}
-
-/* Rows [r, r + rows) of w, at most TILE, times tokens [t0, t0 + n), at most CHUNK.  next: the tile to
- * be used next, if it is not in a cache. */
-ALWAYS_INLINE void matmul_tile(int type, const pe_matrix *w, int64_t r, int64_t rows,
-                               const pe_activations *a, int64_t t0, int64_t n, float *y,
-                               int64_t ldy, const uint8_t *next)
-{
-    const int64_t groups = pe_groups(w->cols), ld = groups * PE_GROUP;
-    const int64_t group_bytes = bytes_of(type, PE_GROUP), row_bytes = bytes_of(type, w->cols);
-    const int16_t *q = a->q + t0 * ld;
-    const float *s_x = a->scales + t0 * groups;
-    tile packed;
-    float sum[CHUNK][TILE];
-    memset(sum, 0, (size_t)n * sizeof sum[0]);
-
-    const uint8_t *row[TILE]; /* rows past the last repeat it: what they give is not stored */
-    for (int i = 0; i < TILE; i++)
-        row[i] = (const uint8_t *)w->data + (r + pe_min(i, rows - 1)) * row_bytes;
-    for (int64_t g = 0; g < groups; g++) {
-        uint8_t last[TILE][BLOCKS * Q8_BYTES]; /* a short last group, filled up with zeros */
-        if (w->cols < (g + 1) * PE_GROUP)
-            for (int i = 0; i < TILE; i++) {
-                memset(last[i], 0, sizeof last[i]);
-                memcpy(last[i], row[i], (size_t)(row_bytes - g * group_bytes));
-                row[i] = last[i];
-            }
-        if (next) /* while this tile is used, the next one is fetched, in storage order */
-            prefetch2(next + g * TILE * group_bytes, TILE * group_bytes);
-        pack_scales(type, row, w->scales ? w->scales + g * w->scale_ld + r : NULL, rows, &packed);
-        pack_tile(type, row, &packed);
-        tile_times_chunk(type, &packed, q + g * PE_GROUP, ld, s_x + g, groups, sum, n);
-        for (int i = 0; i < TILE; i++)
-            row[i] += group_bytes;
-    }
-    for (int64_t t = 0; t < n; t++)
-        memcpy(y + (t0 + t) * ldy + r, sum[t], (size_t)rows * sizeof(float));
-}
-
-ALWAYS_INLINE void matmul_group_type(int type, const pe_matrix *w, int64_t row0, int64_t row1,
-                                     const pe_activations *a, float *y, int64_t ldy)
-{
-    if (a->tokens <= FEW_TOKENS && w->cols <= FEW_GROUPS * PE_GROUP) {
-        matmul_few(type, w, row0, row1, a, y, ldy);
-        return;
-    }
-    const int64_t row_bytes = bytes_of(type, w->cols);
-    for (int64_t t = 0; t < a->tokens; t += CHUNK)
-        for (int64_t r = row0; r < row1; r += TILE) {
-            const uint8_t *next = t == 0 && r + TILE < row1
-                                      ? (const uint8_t *)w->data + (r + TILE) * row_bytes
-                                      : NULL;
-            matmul_tile(type, w, r, pe_min(TILE, row1 - r), a, t, pe_min(CHUNK, a->tokens - t), y,
-                        ldy, next);
-        }
 }
 
 static void matmul_q8_0(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,
@@ -532,9 +293,9 @@ ALWAYS_INLINE __m512d load_doubles(int type, const void *p, __mmask8 mask)
     if (type == PE_F16)
         return _mm512_cvtps_pd(_mm256_cvtph_ps(h));
     /* Each 16 bits become the upper half of 32. */
-    const __m256i spread = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,
-                                            -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14,
-                                            15);
+    const __m256i spread =
+        _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, //
+                         -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
     __m256i f = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(h), spread);
     return _mm512_cvtps_pd(_mm256_castsi256_ps(f));
 }
@@ -560,18 +321,10 @@ ALWAYS_INLINE void dense_step(int type, const uint8_t *const *row, int64_t c, co
     UNROLL
     for (int t = 0; t < tokens; t++) {
         __m512d u = load_doubles(PE_F32, x + t * cols + c, mask);
-    UNROLL
+        UNROLL
         for (int r = 0; r < rows; r++)
             sum[t][r] = _mm512_fmadd_pd(u, v[r], sum[t][r]);
     }
-}
-
-/* While columns [c, c + 8) of some rows are used, the same share of the next rows is fetched, but in
- * storage order: memory sees one stream. */
-ALWAYS_INLINE void prefetch_next_rows(int type, const uint8_t *next, int64_t c, int rows)
-{
-    for (int64_t i = bytes_of(type, c) * rows; i < bytes_of(type, c + 8) * rows; i += 64)
-        _mm_prefetch((const char *)next + i, _MM_HINT_T0);
 }
 
 /* rows <= DENSE_ROWS rows times tokens <= DENSE_TOKENS tokens, both constants. */
@@ -579,26 +332,28 @@ ALWAYS_INLINE void dense_block(int type, const uint8_t *data, int64_t cols, cons
                                float *y, int64_t ldy, int rows, int tokens)
 {
     const int64_t row_bytes = bytes_of(type, cols);
+    const int near = fits_near(type, rows * row_bytes);
     const uint8_t *row[DENSE_ROWS];
     __m512d sum[DENSE_TOKENS][DENSE_ROWS];
     UNROLL
     for (int r = 0; r < rows; r++) {
         row[r] = data + r * row_bytes;
-    UNROLL
+        UNROLL
         for (int t = 0; t < tokens; t++)
             sum[t][r] = _mm512_setzero_pd();
     }
     int64_t c = 0;
     for (; c + 8 <= cols; c += 8) {
-        if (tokens == 1)
-            prefetch_next_rows(type, data + rows * row_bytes, c, rows);
+        if (tokens == 1) /* the same share of the next rows, in storage order */
+            prefetch_next(near, data + rows * (row_bytes + bytes_of(type, c)),
+                          rows * bytes_of(type, 8));
         dense_step(type, row, c, x, cols, rows, tokens, 0xff, sum);
     }
     if (c < cols)
         dense_step(type, row, c, x, cols, rows, tokens, (__mmask8)(0xff >> (8 - (cols - c))), sum);
     UNROLL
     for (int t = 0; t < tokens; t++)
-    UNROLL
+        UNROLL
         for (int r = 0; r < rows; r++)
             y[t * ldy + r] = tree8(sum[t][r]);
 }
