@@ -241,3 +241,16 @@ int32_t pe_matmul(pe_pool *pool, const pe_matrix *w, int64_t expert, const pe_ac
     pe_matmul_job job = {pe_matrix_expert(w, expert), *a, y, ldy};
     return pe_matmul_many(pool, &job, 1);
 }
+
+int32_t pe_matmul_each(pe_pool *pool, const pe_matrix *const *w, int64_t n, const pe_activations *a,
+                       float *y)
+{
+    pe_matmul_job jobs[PE_EACH];
+    if (n < 0 || n > PE_EACH || a->tokens < 0)
+        return PE_ERROR_ARGUMENT;
+    for (int64_t i = 0; i < n; i++) {
+        jobs[i] = (pe_matmul_job){*w[i], *a, y, w[i]->rows};
+        y += a->tokens * w[i]->rows;
+    }
+    return pe_matmul_many(pool, jobs, n);
+}

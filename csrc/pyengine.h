@@ -126,6 +126,12 @@ int32_t pe_quantize_activations(pe_pool *pool, const float *x, int64_t tokens, i
 int32_t pe_matmul(pe_pool *pool, const pe_matrix *w, int64_t expert, const pe_activations *a,
                   float *y, int64_t ldy);
 
+/* The same for n <= PE_EACH single matrices that read the same a, as one piece of work: the y of
+ * w[0] [tokens, w[0]->rows], then that of w[1], one after another. */
+#define PE_EACH 8
+int32_t pe_matmul_each(pe_pool *pool, const pe_matrix *const *w, int64_t n, const pe_activations *a,
+                       float *y);
+
 /* ---- elementwise ----------------------------------------------------------------------------- */
 
 /* y[i] = function(x[i]), i < n, correctly rounded; y may be x.  softplus(x) = log(1 + exp(x)), and x

@@ -19,7 +19,7 @@ from .decoder.model import CACHE_DTYPES
 FLOAT = 4  # bytes
 ALIGNMENT = 64  # of every piece of the experts' scratch
 FIRST_CAPACITY = 256  # positions of a key-value cache that has just begun: see decoder/state.py
-WIDENED = 64  # positions of a float16 cache that a thread holds as float32: see csrc/attention.c
+PIECE, MAX_HEADS = 32, 16  # a thread's positions and query heads at a time: see csrc/attention.c
 
 
 def footprint(checkpoint: Checkpoint, context: int, chunk: int, threads: int,
@@ -35,7 +35,7 @@ def footprint(checkpoint: Checkpoint, context: int, chunk: int, threads: int,
                             nothing of it when room was reserved
     activations             a chunk's arrays in Python, as if one layer's all lived at once
     experts_scratch         what the thread pool keeps for the experts of a chunk
-    thread_scratch          for each thread a row of attention scores, some keys or values of a
+    thread_scratch          for each thread some heads' attention scores, some keys or values of a
                             float16 cache as float32, and a row of expert probabilities
     total                   all but weights_mapped
 
@@ -150,7 +150,8 @@ def _mlp(c: Config) -> int:
 
 
 def thread_scratch(c: Config, context: int) -> int:
-    return (context + WIDENED * c.head_dim + c.num_experts) * FLOAT
+    heads = min(c.num_attention_heads // c.num_key_value_heads, MAX_HEADS)
+    return (heads * context + PIECE * c.head_dim + c.num_experts) * FLOAT
 
 
 def experts_scratch(c: Config, tokens: int) -> int:

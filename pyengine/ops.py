@@ -202,6 +202,29 @@ def matmul(pool: Pool, matrix: Matrix, x: Activations, expert: int = 0) -> np.nd
     return y
 
 
+class Matrices:
+    """Up to PE_EACH single matrices of as many columns, which are multiplied as one piece of work."""
+
+    def __init__(self, *matrices: Matrix):
+        _want(len(matrices) <= lib.PE_EACH, f"matrices: want at most {lib.PE_EACH}")
+        self.matrices = matrices
+        self.pointers = ffi.new("pe_matrix *[]", [m.struct for m in matrices])
+        self.rows = [m.rows for m in matrices]
+
+
+def matmul_each(pool: Pool, group: Matrices, x: Activations) -> list[np.ndarray]:
+    """matmul with every matrix of the group: x [T, cols] -> [T, rows] of each."""
+    tokens = x.x.shape[0]
+    y = np.empty(tokens * sum(group.rows), np.float32)
+    _check(lib.pe_matmul_each(pool.pointer, group.pointers, len(group.rows),
+                              x.for_matrices(*group.matrices), _out(y)), f"matmul of {x.name}")
+    parts, start = [], 0
+    for rows in group.rows:
+        parts.append(y[start:start + tokens * rows].reshape(tokens, rows))
+        start += tokens * rows
+    return parts
+
+
 # ---- elementwise -----------------------------------------------------------------------------
 
 

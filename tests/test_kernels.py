@@ -670,6 +670,44 @@ class TestMatmul:
         memory.check()
 
 
+class TestMatmulEach:
+    """Several matrices of one input, as one piece of work: the same as one after another."""
+
+    @pytest.mark.parametrize("tokens", [1, 5, 70])
+    def test_outputs_one_after_another(self, tokens):
+        rng = rng_of(20, tokens)
+        matrices = [random_matrix(rng, kind, rows, 160)
+                    for kind, rows in (("Q8_0", 40), ("F32", 1), ("INT8", 7), ("BF16", 33))]
+        x = wide(rng, tokens, 160)
+        q, s_x = locked.quantize_activations(x)
+
+        def run(pool, memory):
+            stored = [place_stack(memory, [w]) for w in matrices]
+            a = place_activations(memory, 160, tokens, x=x, q=q, s_x=s_x)
+            y = memory.output(tokens * sum(w.shape[0] for w in matrices))
+            succeed(lib.pe_matmul_each(pool, ffi.new("pe_matrix *[]", stored), len(stored), a,
+                                       pointer(y)))
+            return y
+
+        parts = [locked.matmul(w, **({"x": x} if w.dense else {"q": q, "s_x": s_x}))
+                 for w in matrices]
+        check(run, np.concatenate([part.ravel() for part in parts]))
+
+    def test_argument_errors(self):
+        memory = Memory("end")
+        matrix = random_matrix(rng_of(21), "F32", 5, 64)
+        w = place_stack(memory, [matrix])
+        a = place_activations(memory, 64, 2, x=normal(rng_of(22), 2, 64))
+        y = memory.output(10 * (lib.PE_EACH + 1))
+        pointers = ffi.new("pe_matrix *[]", [w] * (lib.PE_EACH + 1))
+        for count in (-1, lib.PE_EACH + 1):
+            assert lib.pe_matmul_each(POOLS[1], pointers, count, a, pointer(y)) == ARGUMENT
+        a.tokens = -1
+        assert lib.pe_matmul_each(POOLS[1], pointers, 2, a, pointer(y)) == ARGUMENT
+        assert np.isnan(y).all(), "an error wrote output"
+        memory.check()
+
+
 class TestMatmulColumns:
     """cols that the type excludes."""
 
@@ -1424,7 +1462,7 @@ class TestAttention:
         for tokens in (0, 1, 2, 5, 9):
             self.check(self.case(start, tokens, 2, 1, 24), runs=RUNS[::2])
 
-    @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 1), (4, 2), (6, 2), (6, 3), (5, 5), (16, 2)])
+    @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 1), (4, 2), (6, 2), (6, 3), (5, 5), (16, 2), (34, 1), (64, 2)])
     def test_heads(self, heads, kv_heads):
         self.check(self.case(3, 3, heads, kv_heads, 20))
 
@@ -1433,6 +1471,7 @@ class TestAttention:
 
     def test_long_context(self):
         self.check(self.case(300, 2, 2, 1, 16), runs=RUNS[:2])
+        self.check(self.case(95, 3, 8, 1, 16), runs=RUNS[:2])  # 96, 97, 98: whole pieces and not
 
     @pytest.mark.slow
     def test_longer_context(self):

@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import ops
 from ..checkpoint import Checkpoint
-from .linear import Linear
+from .linear import Linear, LinearGroup
 from .norm import zero_centred_scale
 from .state import KeyValueCache
 
@@ -24,6 +24,7 @@ class Attention:
         self.q_proj = Linear(pool, tensors[f"{name}.q_proj.weight"])
         self.k_proj = Linear(pool, tensors[f"{name}.k_proj.weight"])
         self.v_proj = Linear(pool, tensors[f"{name}.v_proj.weight"])
+        self.qkv_proj = LinearGroup(self.q_proj, self.k_proj, self.v_proj)
         self.o_proj = Linear(pool, tensors[f"{name}.o_proj.weight"])
         self.q_norm = zero_centred_scale(tensors[f"{name}.q_norm.weight"])
         self.k_norm = zero_centred_scale(tensors[f"{name}.k_norm.weight"])
@@ -31,15 +32,18 @@ class Attention:
     def forward(self, x: ops.Activations, cache: KeyValueCache, rope_table, record) -> np.ndarray:
         """x [T, hidden] -> [T, hidden]; appends to the cache."""
         tokens, pool, n = x.x.shape[0], self.pool, self.head_dim
-        query_gate = self.q_proj(x, record).reshape(tokens, self.heads, 2 * n)
+        query_gate, key, value = self.qkv_proj(x)
+        self.q_proj.recorded(query_gate, record)
+        query_gate = query_gate.reshape(tokens, self.heads, 2 * n)
         query = ops.head_rms_norm(pool, query_gate, n, self.q_norm, self.eps)
         if record:
             record(f"{self.name}.q_norm", query.reshape(tokens, -1))
-        key = self.k_proj(x, record).reshape(tokens, self.kv_heads, n)
-        key = ops.head_rms_norm(pool, key, n, self.k_norm, self.eps)
+        self.k_proj.recorded(key, record)
+        key = ops.head_rms_norm(pool, key.reshape(tokens, self.kv_heads, n), n, self.k_norm, self.eps)
         if record:
             record(f"{self.name}.k_norm", key.reshape(tokens, -1))
-        value = self.v_proj(x, record).reshape(tokens, self.kv_heads, n)
+        self.v_proj.recorded(value, record)
+        value = value.reshape(tokens, self.kv_heads, n)
 
         ops.rope(pool, query, rope_table)
         ops.rope(pool, key, rope_table)

@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import ops
 from ..checkpoint import Checkpoint
-from .linear import Linear
+from .linear import Linear, LinearGroup
 from .state import DeltaNetState
 
 
@@ -24,10 +24,11 @@ class DeltaNet:
         self.query_scale = float(np.float32(self.head_k_dim ** -0.5))
         self.key_head = checkpoint.key_heads()
 
-        self.in_proj_qkv = Linear(pool, tensors[f"{name}.in_proj_qkv.weight"])
         self.in_proj_z = Linear(pool, tensors[f"{name}.in_proj_z.weight"])
-        self.in_proj_b = Linear(pool, tensors[f"{name}.in_proj_b.weight"])
-        self.in_proj_a = Linear(pool, tensors[f"{name}.in_proj_a.weight"])
+        self.in_proj = LinearGroup(Linear(pool, tensors[f"{name}.in_proj_qkv.weight"]),
+                                   self.in_proj_z,
+                                   Linear(pool, tensors[f"{name}.in_proj_b.weight"]),
+                                   Linear(pool, tensors[f"{name}.in_proj_a.weight"]))
         self.out_proj = Linear(pool, tensors[f"{name}.out_proj.weight"])
         conv1d = tensors[f"{name}.conv1d.weight"].stored_float32()  # [conv_dim, taps]
         self.conv1d = np.ascontiguousarray(conv1d.reshape(config.conv_dim, -1).T)
@@ -43,10 +44,7 @@ class DeltaNet:
     def forward(self, x: ops.Activations, state: DeltaNetState, record) -> np.ndarray:
         """x [T, hidden] -> [T, hidden]; updates the state."""
         tokens, pool = x.x.shape[0], self.pool
-        qkv = self.in_proj_qkv(x, record)
-        z = self.in_proj_z(x, record)
-        b = self.in_proj_b(x, record)
-        a = self.in_proj_a(x, record)
+        qkv, z, b, a = self.in_proj(x, record)
 
         qkv = ops.causal_conv1d(pool, qkv, self.conv1d, state.conv_state)
         query = ops.l2_norm(pool, qkv, 0, self.key_heads, self.head_k_dim, self.query_scale)

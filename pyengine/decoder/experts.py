@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import ops
 from ..checkpoint import Checkpoint
-from .linear import Linear, as_matrix
+from .linear import Linear, LinearGroup, as_matrix
 
 
 class SparseMoe:
@@ -16,8 +16,8 @@ class SparseMoe:
         tensors = checkpoint.tensors
         self.pool, self.name = pool, name
         self.top_k = checkpoint.config.num_experts_per_tok
-        self.gate = Linear(pool, tensors[f"{name}.gate.weight"])
-        self.shared_expert_gate = Linear(pool, tensors[f"{name}.shared_expert_gate.weight"])
+        self.gates = LinearGroup(Linear(pool, tensors[f"{name}.gate.weight"]),
+                                 Linear(pool, tensors[f"{name}.shared_expert_gate.weight"]))
         parts = [f"{name}.experts.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
         parts += [f"{name}.shared_expert.{part}.weight"
                   for part in ("gate_proj", "up_proj", "down_proj")]
@@ -26,9 +26,8 @@ class SparseMoe:
     def forward(self, x: ops.Activations, record) -> np.ndarray:
         """x [T, hidden] -> [T, hidden]."""
         pool = self.pool
-        router_logits = self.gate(x)
+        router_logits, shared_expert_gate = self.gates(x)
         routing_weights, selected_experts = ops.router(pool, router_logits, self.top_k)
-        shared_expert_gate = self.shared_expert_gate(x)
         if not record:
             return ops.experts(pool, self.experts, x, selected_experts, routing_weights,
                                shared_expert_gate)

@@ -40,6 +40,24 @@ class Linear:
     def __call__(self, x: ops.Activations, record=None) -> np.ndarray:
         """x [T, cols] -> [T, rows], rows in the file's order; recorded in Hugging Face's."""
         y = ops.matmul(self.pool, self.matrix, x)
+        self.recorded(y, record)
+        return y
+
+    def recorded(self, y: np.ndarray, record) -> None:
         if record:
             record(self.name, self.tensor.to_hf_rows(y))
-        return y
+
+
+class LinearGroup:
+    """Linear layers of the same input, computed as one piece of work: for a single token, handing
+    out work and waiting for it take a part of the time that counts."""
+
+    def __init__(self, *layers: Linear):
+        self.layers, self.matrices = layers, ops.Matrices(*(layer.matrix for layer in layers))
+
+    def __call__(self, x: ops.Activations, record=None) -> list[np.ndarray]:
+        """x [T, cols] -> the y [T, rows] of each layer."""
+        outputs = ops.matmul_each(self.layers[0].pool, self.matrices, x)
+        for layer, y in zip(self.layers, outputs):
+            layer.recorded(y, record)
+        return outputs
