@@ -389,8 +389,9 @@ def attention(pool: Pool, query, keys, values, scale: float):
     else:
         function, form = lib.pe_attention, (np.float32, "float[]")
     out = np.empty_like(query)
-    _check(function(pool.pointer, _in(query), _in(keys, *form), _in(values, *form), positions - tokens, tokens, heads, kv_heads, n,
-                    scale, _out(out)), "attention scores")
+    _check(function(pool.pointer, _in(query), _in(keys, *form), _in(values, *form),
+                    positions - tokens, tokens, heads, kv_heads, n, scale, _out(out)),
+           "attention scores")
     return out
 
 
