@@ -218,24 +218,6 @@ ALWAYS_INLINE void tile_times_tokens(int type, const tile *w, const int16_t *q, 
             }
 }
 
-static void matmul_q8_0(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,
-                        float *y, int64_t ldy)
-{
-    matmul_group_type(PE_Q8_0, w, row0, row1, a, y, ldy);
-}
-
-static void matmul_int8(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,
-                        float *y, int64_t ldy)
-{
-    matmul_group_type(PE_INT8, w, row0, row1, a, y, ldy);
-}
-
-static void matmul_int4(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,
-                        float *y, int64_t ldy)
-{
-    matmul_group_type(PE_INT4, w, row0, row1, a, y, ldy);
-}
-
 /* ---- dense ----------------------------------------------------------------------------------- */
 
 /* Four values from p on, as doubles. */
@@ -352,31 +334,8 @@ ALWAYS_INLINE void matmul_dense(int type, const pe_matrix *w, int64_t row0, int6
                         ldy, 1, 1);
 }
 
-static void matmul_f32(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,
-                       float *y, int64_t ldy)
-{
-    matmul_dense(PE_F32, w, row0, row1, a, y, ldy);
-}
-
-static void matmul_f16(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,
-                       float *y, int64_t ldy)
-{
-    matmul_dense(PE_F16, w, row0, row1, a, y, ldy);
-}
-
-static void matmul_bf16(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,
-                        float *y, int64_t ldy)
-{
-    matmul_dense(PE_BF16, w, row0, row1, a, y, ldy);
-}
-
 void pe_fill_avx2_matmul(pe_kernels *k);
 void pe_fill_avx2_matmul(pe_kernels *k)
 {
-    k->matmul_q8_0 = matmul_q8_0;
-    k->matmul_int8 = matmul_int8;
-    k->matmul_int4 = matmul_int4;
-    k->matmul_f32 = matmul_f32;
-    k->matmul_f16 = matmul_f16;
-    k->matmul_bf16 = matmul_bf16;
+    fill_matmul(k);
 }

@@ -84,6 +84,10 @@ ALWAYS_INLINE void pack4(const uint8_t *const *row, int64_t at, ints (*pairs)[2]
 ALWAYS_INLINE void tile_times_tokens(int type, const tile *w, const int16_t *q, int64_t ld,
                                      const float *s_x, int64_t groups, float (*y)[TILE], int n);
 
+/* Rows [row0, row1) of a dense matrix. */
+ALWAYS_INLINE void matmul_dense(int type, const pe_matrix *w, int64_t row0, int64_t row1,
+                                const pe_activations *a, float *y, int64_t ldy);
+
 /* ---- common ---------------------------------------------------------------------------------- */
 
 /* Bytes of n columns in one row. */
@@ -350,6 +354,32 @@ ALWAYS_INLINE void matmul_group_type(int type, const pe_matrix *w, int64_t row0,
             matmul_tile(type, w, r, pe_min(TILE, row1 - r), a, t, pe_min(CHUNK, a->tokens - t), y,
                         ldy, next);
         }
+}
+
+/* ---- the table ------------------------------------------------------------------------------- */
+
+#define KERNEL(name, function, type)                                                               \
+    static void name(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,      \
+                     float *y, int64_t ldy)                                                        \
+    {                                                                                              \
+        function(type, w, row0, row1, a, y, ldy);                                                  \
+    }
+KERNEL(matmul_q8_0, matmul_group_type, PE_Q8_0)
+KERNEL(matmul_int8, matmul_group_type, PE_INT8)
+KERNEL(matmul_int4, matmul_group_type, PE_INT4)
+KERNEL(matmul_f32, matmul_dense, PE_F32)
+KERNEL(matmul_f16, matmul_dense, PE_F16)
+KERNEL(matmul_bf16, matmul_dense, PE_BF16)
+#undef KERNEL
+
+static void fill_matmul(pe_kernels *k)
+{
+    k->matmul_q8_0 = matmul_q8_0;
+    k->matmul_int8 = matmul_int8;
+    k->matmul_int4 = matmul_int4;
+    k->matmul_f32 = matmul_f32;
+    k->matmul_f16 = matmul_f16;
+    k->matmul_bf16 = matmul_bf16;
 }
 
 #endif
