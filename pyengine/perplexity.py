@@ -27,7 +27,7 @@ from .ids import as_ids
 from .tokenizer import Tokenizer
 
 PIECE = 256  # tokens computed at a time: bounds the logits kept
-BLOCK = 1 << 21  # logits compared at a time: bounds the float64 scratch
+BLOCK = 1 << 18  # logits compared at a time: float64 scratch that caches hold
 GPT2_BOS = 11  # llama.cpp's id for a byte-level vocabulary that does not say
 
 PERCENTILES = (99.9, 99, 95, 90, 75, 50, 25, 10, 5, 1, 0.1)

@@ -108,12 +108,14 @@ def test_bos(tmp_path):
     flag = "tokenizer.ggml.add_bos_token"
     model = pyengine.load(MODEL, threads=1)
     assert perplexity.bos_id(model.checkpoint) is None
-    for more, want in ({}, perplexity.GPT2_BOS), ({"tokenizer.ggml.bos_token_id": (7, GGUFValueType.UINT32)}, 7):
+    said = {"tokenizer.ggml.bos_token_id": (7, GGUFValueType.UINT32)}
+    for more, want in ({}, perplexity.GPT2_BOS), (said, 7):
         path = rewrite(MODEL, tmp_path / f"{want}.gguf", {flag: (True, GGUFValueType.BOOL), **more})
         checkpoint = pyengine.open_checkpoint(path)
         assert perplexity.bos_id(checkpoint) == want
         pytest.importorskip("tokenizers")
-        assert perplexity.text_ids(checkpoint, "the") == [want, *perplexity.text_ids(model.checkpoint, "the")]
+        the = perplexity.text_ids(model.checkpoint, "the")
+        assert perplexity.text_ids(checkpoint, "the") == [want, *the]
 
 
 def test_text_is_read_as_llama_cpp_reads_it(tmp_path):
@@ -345,8 +347,8 @@ def test_command(capsys, tmp_path, ids_file):
     assert run("perplexity", *common, "--ids-file", ids_file, "-c", 16, "--kl-divergence-base", base) == 0
     out = capsys.readouterr().out
     running, final = out.splitlines()
-    ids = np.load(ids_file)
-    want = perplexity.join(perplexity.evaluate(pyengine.load(SMALL, threads=1), perplexity.as_chunks(ids, 16)))
+    chunks = perplexity.as_chunks(np.load(ids_file), 16)
+    want = perplexity.join(perplexity.evaluate(pyengine.load(SMALL, threads=1), chunks))
     value, error = perplexity.perplexity(want)
     assert final == f"Final estimate: PPL = {value:.4f} +/- {error:.5f}"
     assert running.startswith("[1]") and running.endswith(f"[6]{value:.4f},") and running.count("[") == 6
@@ -362,7 +364,8 @@ def test_command(capsys, tmp_path, ids_file):
     assert run(*again, "--json", "--chunks", 2, "-c", 512, "--ids-file", ids_file) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["n_ctx"], report["n_chunks"], report["tokens"]) == (16, 2, 14)
-    assert abs(report["kld"]["mean"]["value"]) < 1e-5 and report["kld"]["percentiles"].keys() >= {"50", "99.9"}
+    assert abs(report["kld"]["mean"]["value"]) < 1e-5
+    assert report["kld"]["percentiles"].keys() >= {"50", "99.9"}
     assert report["same_top"] == {"value": 1.0, "error": 0.0}
     assert report["perplexity"]["value"] == pytest.approx(report["perplexity_base"]["value"], rel=1e-4)
 
@@ -441,7 +444,8 @@ def test_the_tables_q8_0(tmp_path):
     """Only matrices change; one that is Q8_0 already keeps its bytes."""
     source = GGUF.open(MODEL)
     same = GGUF.open(quality_table.write_q8_0(MODEL, tmp_path / "a.gguf"))
-    assert all(np.array_equal(same.tensors[name].data, tensor.data) for name, tensor in source.tensors.items())
+    for name, tensor in source.tensors.items():
+        assert np.array_equal(same.tensors[name].data, tensor.data)
 
     source, made = GGUF.open(SMALL), GGUF.open(quality_table.write_q8_0(SMALL, tmp_path / "b.gguf"))
     assert made.metadata["general.file_type"] == 7 and list(made.tensors) == list(source.tensors)

@@ -185,7 +185,8 @@ def encode(logits: np.ndarray) -> np.ndarray:
 # The polynomial of 2^(r / 32) for |r| <= 1/2, and 2^(i / 32).
 _EXP_CUBE, _EXP_SQUARE, _EXP_LINE = (float.fromhex(h) / 32**n for h, n in (
     ("0x1.c6af84b912394p-5", 3), ("0x1.ebfce50fac4f3p-3", 2), ("0x1.62e42ff0c52d6p-1", 1)))
-_EXP_STEPS = 2.0 ** (np.arange(32) / 32)
+# As bits, less what adding i << 47 puts into the exponent.
+_EXP_STEPS = (2.0 ** (np.arange(32) / 32)).view(np.int64) - (np.arange(32) << 47)
 _EXP_SCALE = float.fromhex("0x1.71547652b82fep+0") * 32
 
 
@@ -198,5 +199,5 @@ def _expf(x: np.ndarray) -> np.ndarray:
     whole = np.rint(z)
     r = z - whole
     step = whole.astype(np.int64)
-    power = np.ldexp(_EXP_STEPS[step & 31], step >> 5)
+    power = (_EXP_STEPS[step & 31] + (step << 47)).view(np.float64)  # 2^(step / 32)
     return (((_EXP_CUBE * r + _EXP_SQUARE) * (r * r) + (_EXP_LINE * r + 1)) * power).astype(np.float32)
