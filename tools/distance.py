@@ -14,15 +14,9 @@ import sys
 import numpy as np
 
 import pyengine
+from pyengine.perplexity import log_softmax
 
 SEED = 1729
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 [T, vocab] -> float64 [T, vocab]."""
-    x = logits.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 def distance(path: str, arithmetic: str, tokens: int) -> tuple[float, float, float]:

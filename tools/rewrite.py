@@ -8,7 +8,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from pyengine.files.gguf import GGUF
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 
 
 def rewrite(source, destination, metadata=None, tensors=None, drop=()):
