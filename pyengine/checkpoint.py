@@ -17,7 +17,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from .codes import GROUP, unpack_int4
-from .config import LINEAR, Config, read_hf_config
+from .config import LINEAR, Config, read_group_size, read_hf_config
 from .errors import CheckpointError, InputError
 from .files import gguf as gguf_file
 from .files.safetensors import SafetensorsDirectory
@@ -37,9 +37,11 @@ class Tensor:
     type     F32, F16, BF16, Q8_0, Q4_0, INT8 or INT4
     shape    Hugging Face's: [rows, cols], [experts, rows, cols] or a vector's [n]
     data     as stored: floats (BF16 as uint16) [.., cols]; Q8_0 uint8 [.., cols / 32 * 34]; Q4_0
-             uint8 [.., cols / 32 * 18]; INT8 int8 [.., cols]; INT4 uint8 [.., cols / 2], low nibble = even column, nibble = code + 8
+             uint8 [.., cols / 32 * 18]; INT8 int8 [.., cols]; INT4 uint8 [.., cols / 2], low
+             nibble = even column, nibble = code + 8
              A stack whose experts lie apart in their file is a tuple of matrices.
     scales   INT8, INT4: float16 [.., n_groups, rows]; else None
+    group    INT8, INT4: columns that share a scale
     row_order, col_order   Hugging Face's row i is stored row row_order[i]; None: the same
     decode   what turns stored values into Hugging Face's (float64 -> float64); None: nothing
     """
@@ -49,6 +51,7 @@ class Tensor:
     shape: tuple[int, ...]
     data: np.ndarray
     scales: np.ndarray | None = None
+    group: int = GROUP
     row_order: np.ndarray | None = None
     col_order: np.ndarray | None = None
     decode: object = None
@@ -62,7 +65,8 @@ class Tensor:
         elif isinstance(data, tuple):
             data = np.stack(data)
         data = data[..., rows, :] if data.ndim > 1 else data
-        return _dequantize(self.type, data, None if scales is None else scales[..., rows])
+        scales = None if scales is None else scales[..., rows]
+        return _dequantize(self.type, data, scales, self.group)
 
     def float64(self, expert=None) -> np.ndarray:
         """The values in Hugging Face's order and convention; of one expert of a stack, or all."""
@@ -93,7 +97,7 @@ class Tensor:
         return y if self.row_order is None else y[..., self.row_order]
 
 
-def _dequantize(kind, data, scales):
+def _dequantize(kind, data, scales, group):
     if kind in ("F32", "F16"):
         return data.astype(np.float32)
     if kind == "BF16":
@@ -101,7 +105,7 @@ def _dequantize(kind, data, scales):
     if kind in BLOCK_TYPES:
         return gguf_file.blocks_to_float32(data, BLOCK_TYPES[kind])
     codes = data if kind == "INT8" else unpack_int4(data)
-    per_column = np.repeat(np.moveaxis(scales, -2, -1), GROUP, axis=-1)[..., : codes.shape[-1]]
+    per_column = np.repeat(np.moveaxis(scales, -2, -1), group, axis=-1)[..., : codes.shape[-1]]
     return codes * per_column.astype(np.float32)
 
 
@@ -374,8 +378,8 @@ def _without_unit_axes(shape):
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    config = read_hf_config(path)
-    reader = _DirectoryTensors(SafetensorsDirectory.open(path), config)
+    config, group = read_hf_config(path), read_group_size(path)
+    reader = _DirectoryTensors(SafetensorsDirectory.open(path), config, group)
     tensors = {}
     for spec in model_specs(config):
         tensors[spec.name] = reader.read(spec)
@@ -394,8 +398,8 @@ _QUANTIZED = {  # type: (suffix of linears, of expert stacks, dtype of the codes
 class _DirectoryTensors:
     """Reads parameters by Spec: quantised ones of our own layout, or plain floats."""
 
-    def __init__(self, file, config):
-        self.file, self.config = file, config
+    def __init__(self, file, config, group):
+        self.file, self.config, self.group = file, config, group
         self.used = set()
         self.prefix = ""
         if any(name.startswith("model.language_model.") for name in file.tensors):
@@ -453,11 +457,11 @@ class _DirectoryTensors:
             if codes in self.file.tensors and spec.linear:
                 *lead, rows, cols = spec.shape
                 width = cols if kind == "INT8" else cols // 2
-                groups = -(-cols // GROUP)
+                groups = -(-cols // self.group)
                 return Tensor(spec.name, kind, spec.shape,
                               self._take(codes, (*lead, rows, width), (dtype,)),
                               self._take(scales, (*lead, groups, rows), ("F16",)),
-                              file_name=codes)
+                              self.group, file_name=codes)
         return None
 
     def _plain(self, spec, name) -> Tensor:

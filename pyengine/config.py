@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .codes import GROUP
 from .errors import CheckpointError, FileFormatError
 
 ARCHITECTURE = "qwen35moe"
@@ -140,6 +141,15 @@ def read_hf_config(directory: Path) -> Config:
         ids = _as_ids(read_json(generation).get("eos_token_id"), str(generation))
         config = replace(config, eos_token_ids=tuple(dict.fromkeys(ids + config.eos_token_ids)))
     return config
+
+
+def read_group_size(directory: Path) -> int:
+    """The columns that share a scale in a checkpoint directory of quantised tensors."""
+    path = directory / "config.json"
+    group = read_json(path).get("pyengine_group_size", GROUP)
+    if not isinstance(group, int) or isinstance(group, bool) or group < 1:
+        raise FileFormatError(path, "pyengine_group_size", f"want a positive integer, got {group!r}")
+    return group
 
 
 def read_json(path: Path) -> dict:

@@ -364,7 +364,8 @@ def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: st
     """Write the INT8 and / or INT4 checkpoint of a GGUF or a Hugging Face directory.
 
     int8, int4   new directories, written whole or not at all
-    group_size   columns that share a scale; the locked arithmetic runs groups of 128
+    group_size   columns that share a scale, an even number; the locked arithmetic runs groups of 128
+                 only, float64 and transformers run any
     scale        "absmax", or "mse": the float16 scale of least squared error
     Errors: InputError (an option, a destination that exists), FileFormatError or CheckpointError of
     the source, naming tensor, row and group of a value that is not finite.

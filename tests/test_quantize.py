@@ -14,8 +14,9 @@ from rewrite import GOLDEN, rewrite, split_gguf
 import pyengine
 from pyengine import ops
 from pyengine.checkpoint import Tensor, model_specs, open_checkpoint
+from pyengine.cli import main
 from pyengine.codes import GROUP, quantize_groups, to_bfloat16
-from pyengine.errors import CheckpointError, InputError
+from pyengine.errors import CheckpointError, InputError, PyengineError
 from pyengine.files.gguf import GGUF
 from pyengine.files.safetensors import SafetensorsWriter
 from pyengine.quantize import Pass, Twin, quantize
@@ -242,6 +243,42 @@ def test_options_are_checked(tmp_path, monkeypatch, options, message):
     with pytest.raises(InputError, match=message):
         quantize(PLAIN, **options)
     assert not list(tmp_path.iterdir())
+
+
+# ---- groups of another size ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, group", [("pattern31", 32), ("tied", 48), ("nextn", 256)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_other_groups_run_in_float64_only(tmp_path, capsys, name, group, bits):
+    directory = tmp_path / "out"
+    quantize(GOLDEN / f"{name}.gguf", **{f"int{bits}": directory}, group_size=group)
+    before, after = open_checkpoint(GOLDEN / f"{name}.gguf").tensors, open_checkpoint(directory).tensors
+    for key, tensor in after.items():
+        if tensor.type in ("INT8", "INT4"):
+            x = before[key].float64().astype(np.float32).reshape(-1, tensor.shape[-1])
+            codes, scales = quantize_groups(x, 127 if bits == 8 else 7, group)
+            values = codes * np.repeat(scales.astype(np.float64), group, axis=1)[:, : x.shape[1]]
+            assert np.array_equal(tensor.float64().reshape(x.shape), values), key
+    ids = [1, 2, 3]
+    got, source = (pyengine.load(p, "float64").forward(ids)
+                   for p in (directory, GOLDEN / f"{name}.gguf"))
+    assert np.corrcoef(got.ravel(), source.ravel())[0, 1] > (0.999 if bits == 8 else 0.8)
+    assert main(["logits", "-m", str(directory), "--ids", "1", "-o", str(tmp_path / "x.npy")]) == 2
+    error = capsys.readouterr().err
+    assert f"want groups of 128 columns, which the locked arithmetic has, got {group}" in error
+    assert error.count("\n") == 1 and not (tmp_path / "x.npy").exists()
+
+
+@pytest.mark.parametrize("said, message", [
+    (64, r"want \(6, 1, 64\) F16"), (0, "pyengine_group_size: want a positive integer, got 0"),
+    ("128", "want a positive integer, got '128'"), (True, "want a positive integer")])
+def test_a_group_size_that_the_tensors_do_not_have_is_refused(tmp_path, said, message):
+    quantize(PLAIN, tmp_path / "out", group_size=32)
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pyengine_group_size": said}))
+    with pytest.raises(PyengineError, match=message):
+        open_checkpoint(tmp_path / "out")
 
 
 # ---- the C core against the definition -------------------------------------------------------
