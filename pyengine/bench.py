@@ -30,10 +30,10 @@ from .decoder.model import CACHE_DTYPES, DEFAULT_CHUNK, LockedModel
 from .errors import InputError
 from .ids import as_chunk
 from .memory import copied_bytes, stored_bytes
+from .plots import check_plot, new_figure
 from .progress import progress
 
 SEED = 1729
-PLOT_SUFFIXES = (".png", ".svg")
 FIRST_DEPTH = 512  # of a plot, which then doubles it
 GGML_NAMES = {np.float32: "f32", np.float16: "f16"}
 
@@ -324,21 +324,12 @@ def plot_depths(max_depth: int) -> list[int]:
     return depths
 
 
-def check_plot(path) -> Path:
-    """Known before the work begins: matplotlib is there and the file has a kind it can draw."""
-    path = Path(path)
-    if path.suffix.lower() not in PLOT_SUFFIXES:
-        raise InputError(f"{path}: want a file name that ends in {' or '.join(PLOT_SUFFIXES)}")
-    _figure()
-    return path
-
-
 def plot(results: list[Result], path) -> None:
     """Tokens a second against the tokens already seen: prompts above, generations below."""
     path = check_plot(path)
     kinds = [("prompt", "n_prompt"), ("generation", "n_gen")]
     kinds = [(name, field) for name, field in kinds if any(getattr(r, field) for r in results)]
-    figure = _figure()(figsize=(7, 0.5 + 3 * len(kinds)), layout="constrained")
+    figure = new_figure(7, 0.5 + 3 * len(kinds))
     panels = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     figure.suptitle(f"{results[0].model_type}, {results[0].isa}")
     for panel, (name, field) in zip(panels, kinds):
@@ -358,11 +349,3 @@ def _draw_panel(panel, results, field) -> None:
         label = line[0].test.partition(" ")[0] + f", {threads} thread" + "s" * (threads > 1)
         panel.errorbar([r.n_depth for r in line], [r.avg_ts for r in line],
                        [r.stddev_ts for r in line], marker="o", capsize=3, label=label)
-
-
-def _figure():
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("plot: want matplotlib (pip install 'pyengine[plot]'), got none") from None
-    return Figure

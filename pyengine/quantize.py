@@ -304,23 +304,16 @@ class Pass:
             rows, cols = tensor.shape[-2:]
             step = max(1, PIECE_BYTES // cols)
             for start in range(0, rows, step):
+                stop = min(start + step, rows)
                 for twin, (codes_entry, _) in wanted:
-                    codes, scales = self._quantize(tensor, expert, start, min(start + step, rows),
-                                                   twin.largest)
+                    codes, scales = quantize_rows(self.pool, tensor, expert, start, stop,
+                                                  twin.largest, self.options)
                     if twin.bits == 4:
                         codes = pack_int4(codes)
                     twin.write(codes_entry.name, codes)
                     self.advance(codes.nbytes)
                     parts[twin].append(scales)
         return {twin: np.ascontiguousarray(np.concatenate(part).T) for twin, part in parts.items()}
-
-    def _quantize(self, tensor: Tensor, expert, start, stop, largest):
-        try:
-            return ops.quantize_weights(self.pool, as_matrix(tensor, expert), tensor.row_order,
-                                        tensor.col_order, start, stop, largest,
-                                        self.options.group_size, self.options.scale)
-        except ops.NonFiniteError:
-            raise _name_nonfinite(tensor, expert, start, stop, self.options.group_size) from None
 
     def _plain_values(self, entry: Entry):
         """The tensor's bytes, piece by piece: bfloat16 as uint16, or float32."""
@@ -336,6 +329,21 @@ class Pass:
             values = tensor.rows_float32(None, start, min(start + step, rows))
             _check_finite(values, tensor)
             yield to_bfloat16(values)
+
+
+def quantize_rows(pool: ops.Pool, tensor: Tensor, expert: int | None, start: int, stop: int,
+                  largest: int, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [start, stop), in Hugging Face's order, of a matrix or of one expert's -> codes int8
+    [rows, cols], scales float16 [rows, n_groups].
+
+    Errors: CheckpointError naming the row and group of a value that is not finite, or too great.
+    """
+    try:
+        return ops.quantize_weights(pool, as_matrix(tensor, expert), tensor.row_order,
+                                    tensor.col_order, start, stop, largest, options.group_size,
+                                    options.scale)
+    except ops.NonFiniteError:
+        raise _name_nonfinite(tensor, expert, start, stop, options.group_size) from None
 
 
 def _check_finite(values, tensor):
@@ -370,7 +378,7 @@ def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: st
     Errors: InputError (an option, a destination that exists), FileFormatError or CheckpointError of
     the source, naming tensor, row and group of a value that is not finite.
     """
-    options = _checked_options(group_size, scale, shard_bytes)
+    options = checked_options(group_size, scale, shard_bytes)
     wanted = [(bits, Path(directory)) for bits, directory in ((8, int8), (4, int4))
               if directory is not None]
     _check_destinations([directory for _, directory in wanted])
@@ -396,7 +404,7 @@ def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: st
         raise
 
 
-def _checked_options(group_size, scale, shard_bytes) -> Options:
+def checked_options(group_size, scale, shard_bytes=SHARD_BYTES) -> Options:
     if not isinstance(group_size, int) or not 2 <= group_size <= 1 << 20 or group_size % 2:
         raise InputError(f"group size: want an even number from 2 on, got {group_size!r}")
     if scale not in SCALES:

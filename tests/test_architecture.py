@@ -9,14 +9,14 @@ PACKAGE = Path(__file__).parent.parent / "pyengine"
 
 # A module may import modules of its own floor or of a lower one.
 FLOORS = [
-    {"errors", "progress", "ids", "_core", "models", "hf"},
+    {"errors", "progress", "plots", "ids", "_core", "models", "hf"},
     {"files", "codes"},
     {"config", "ops"},
     {"checkpoint", "tokenizer", "provenance"},
     {"decoder"},
     {"reference", "sampling", "trace"},
     {"model", "quantize", "verify", "generate", "memory"},
-    {"verify_files", "testing", "export"},
+    {"verify_files", "testing", "export", "quality"},
     {"bench"},
     {"demo"},
     {"cli"},
