@@ -21,6 +21,7 @@ from .config import LINEAR, Config, read_group_size, read_hf_config
 from .errors import CheckpointError, InputError
 from .files import gguf as gguf_file
 from .files.safetensors import SafetensorsDirectory
+from .names import hint
 
 DENSE_TYPES = ("F32", "F16", "BF16")
 BLOCK_TYPES = {"Q8_0": GGMLQuantizationType.Q8_0, "Q4_0": GGMLQuantizationType.Q4_0}
@@ -301,8 +302,16 @@ class _GGUFTensors:
             if block.isdigit() and first_nextn <= int(block) < (
                     first_nextn + self.config.num_nextn_predict_layers):
                 continue  # a next-token-prediction block: no layer of the forward pass
-            raise CheckpointError(f"{self.file.path}: {name}: want only tensors that the "
-                                  "architecture qwen35moe has, got this one")
+            raise CheckpointError(
+                f"{self.file.path}: {name}: want only tensors that the architecture qwen35moe has, got "
+                f"this one{hint(name, self._known(), 'nearest known name')}")
+
+    def _known(self) -> set[str]:
+        """Every name that this model's tensors can have."""
+        names = {spec.gguf for spec in model_specs(self.config)}
+        for suffix, (fused, _) in _FUSED.items():
+            names |= {name.removesuffix(suffix) + fused for name in names if name.endswith(suffix)}
+        return names
 
     def _fused(self, spec: Spec) -> Tensor | None:
         """A part of a tensor that `--fuse-qkv` or a fused gate_up put together, or None."""
@@ -323,7 +332,9 @@ class _GGUFTensors:
     def _whole(self, spec: Spec) -> Tensor:
         stored = self.file.tensors.get(spec.gguf)
         if stored is None:
-            raise CheckpointError(f"{self.file.path}: {spec.gguf}: want this tensor, got none")
+            unknown = set(self.file.tensors) - self._known()
+            raise CheckpointError(f"{self.file.path}: {spec.gguf}: want this tensor, got none"
+                                  f"{hint(spec.gguf, unknown, 'nearest unknown name in the file')}")
         self.used.add(spec.gguf)
         kinds = (*DENSE_TYPES, *BLOCK_TYPES) if spec.linear else DENSE_TYPES
         shape = _without_unit_axes(spec.shape)
@@ -395,6 +406,11 @@ _QUANTIZED = {  # type: (suffix of linears, of expert stacks, dtype of the codes
 }
 
 
+def _marks(spec: Spec) -> list[str]:
+    """What the names of its codes end in."""
+    return [stack if len(spec.shape) == 3 else linear for linear, stack, _ in _QUANTIZED.values()]
+
+
 class _DirectoryTensors:
     """Reads parameters by Spec: quantised ones of our own layout, or plain floats."""
 
@@ -419,8 +435,25 @@ class _DirectoryTensors:
     def check_all_used(self):
         for name in self.file.tensors:
             if name not in self.used and not name.startswith(("mtp.", "model.visual.")):
-                raise CheckpointError(f"{self.file.path}: {name}: want only tensors that the "
-                                      "model has, got this one")
+                raise CheckpointError(
+                    f"{self.file.path}: {name}: want only tensors that the model has, got this one"
+                    f"{hint(name, self._known(), 'nearest known name')}")
+
+    def _known(self) -> set[str]:
+        """Every name that this model's tensors can have: as floats, INT8 or INT4, experts fused or
+        apart."""
+        names = set()
+        for spec in model_specs(self.config):
+            name = self._name_in_file(spec.name)
+            if not spec.linear:
+                names.add(name)
+                continue
+            if len(spec.shape) == 3:
+                stem, part = name.rsplit(".", 1)
+                names |= {f"{stem}.{expert}.{part}.weight" for expert in range(spec.shape[0])}
+                name = name if part == "down_proj" else f"{stem}.gate_up_proj"
+            names |= {name, *(f"{name}{part}_{mark}" for mark in _marks(spec) for part in ("", "_scale"))}
+        return names
 
     def _name_in_file(self, name):
         if self.prefix and name.startswith("model."):
@@ -465,16 +498,30 @@ class _DirectoryTensors:
         return None
 
     def _plain(self, spec, name) -> Tensor:
+        if spec.linear and name not in self.file.tensors:
+            raise self._no_form_of(spec, name)
         data = self._take(name, spec.shape, DENSE_TYPES)
         if not spec.linear:
             data = data.reshape(_without_unit_axes(spec.shape) or (1,))
         kind = self.file.tensors[name].dtype
         return Tensor(spec.name, kind, spec.shape, data, file_name=name)
 
+    def _no_form_of(self, spec, name) -> CheckpointError:
+        """Neither floats nor codes of a matrix."""
+        last = name.rsplit(".", 1)[1]
+        forms = " or ".join(f".{last}_{mark}" for mark in _marks(spec))
+        return CheckpointError(f"{self.file.path}: {name}, {forms}: want one of these tensors, got none"
+                               f"{self._hint(name)}")
+
+    def _hint(self, name) -> str:
+        unknown = set(self.file.tensors) - self._known()
+        return hint(name, unknown, "nearest unknown name in the file")
+
     def _take(self, name, shape, dtypes):
         view = self.file.tensors.get(name)
         if view is None:
-            raise CheckpointError(f"{self.file.path}: {name}: want this tensor, got none")
+            raise CheckpointError(f"{self.file.path}: {name}: want this tensor, got none"
+                                  f"{self._hint(name)}")
         if tuple(view.shape) != tuple(shape) or view.dtype not in dtypes:
             raise CheckpointError(f"{self.file.path}: {name}: want {tuple(shape)} "
                                   f"{' or '.join(dtypes)}, got {tuple(view.shape)} {view.dtype}")

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "pyengine"
 # A module may import modules of its own floor or of a lower one.
 FLOORS = [
     {"errors", "progress", "plots", "ids", "_core", "models", "hf"},
-    {"files", "codes"},
+    {"files", "codes", "names"},
     {"config", "ops"},
     {"checkpoint", "tokenizer", "provenance"},
     {"decoder"},
