@@ -13,6 +13,7 @@ import numpy as np
 
 from .codes import GROUP
 from .errors import CheckpointError, FileFormatError
+from .names import hint
 
 ARCHITECTURE = "qwen35moe"
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -215,7 +216,9 @@ def _from_gguf(meta: _Metadata, gguf) -> Config:
         raise meta.error("attention.value_length", f"want {head_dim} as attention.key_length, got "
                          f"{meta.integer('attention.value_length')}")
     if "token_embd.weight" not in gguf.tensors:
-        raise FileFormatError(gguf.path, "token_embd.weight", "want this tensor, got none")
+        raise FileFormatError(gguf.path, "token_embd.weight", "want this tensor, got none" + hint(
+            "token_embd.weight", (name for name in gguf.tensors if not name.startswith(("blk.", "output"))),
+            "nearest unknown name in the file"))
     ids = gguf.metadata
     return Config(
         vocab_size=gguf.tensors["token_embd.weight"].shape[0],
