@@ -12,10 +12,10 @@ def nearest_name(name: str, names) -> str | None:
     """The one of `names` most like `name`, or None if none is like it.
 
     The numbers of layers and experts do not count, nor does a last ".weight"; but of names alike the
-    one with the same numbers is taken, if there is one.
+    one with the same numbers is taken, or else the first.
     """
     alike = {}
-    for other in names:
+    for other in sorted(names):
         alike.setdefault(_what_counts(other), []).append(other)
     close = difflib.get_close_matches(_what_counts(name), alike, n=1, cutoff=0.6)
     if not close:
