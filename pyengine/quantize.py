@@ -105,6 +105,12 @@ def shard_names(count: int) -> list[str]:
 # ---- a twin being written --------------------------------------------------------------------
 
 
+METHODS = {  # as the provenance says them
+    "absmax": "symmetric, absmax / largest code as float16, nearest code, ties to even",
+    "mse": "symmetric, float16 scale of least squared error, nearest code, ties to even",
+}
+
+
 @dataclass
 class Options:
     """What decides the bytes, beside the source."""
@@ -115,9 +121,7 @@ class Options:
 
     @property
     def method(self) -> str:
-        return {"absmax": "symmetric, absmax / largest code as float16, nearest code, ties to even",
-                "mse": "symmetric, float16 scale of least squared error, nearest code, ties to even",
-                }[self.scale]
+        return METHODS[self.scale]
 
 
 class Twin:
@@ -201,9 +205,10 @@ class Twin:
             "pad_token_id": config.pad_token_id, "do_sample": False})
         _copy_tokenizer(checkpoint, directory)
         digests = {tensor: self.digests[name][tensor] for tensor, name in weight_map.items()}
-        _write_json(directory / provenance.FILE_NAME, provenance.describe(
-            sources, checkpoint, options.method, options.group_size, self.bits, digests))
         (directory / _LOG).unlink(missing_ok=True)
+        _write_json(directory / provenance.FILE_NAME, provenance.describe(
+            sources, checkpoint, options.method, options.group_size, self.bits, digests,
+            provenance.digests_of_files(directory)))
         directory.rename(self.directory)
 
 
@@ -339,9 +344,10 @@ def quantize_rows(pool: ops.Pool, tensor: Tensor, expert: int | None, start: int
     Errors: CheckpointError naming the row and group of a value that is not finite, or too great.
     """
     try:
-        return ops.quantize_weights(pool, as_matrix(tensor, expert), tensor.row_order,
-                                    tensor.col_order, start, stop, largest, options.group_size,
-                                    options.scale)
+        with pool.lock:
+            return ops.quantize_weights(pool, as_matrix(tensor, expert), tensor.row_order,
+                                        tensor.col_order, start, stop, largest, options.group_size,
+                                        options.scale)
     except ops.NonFiniteError:
         raise _name_nonfinite(tensor, expert, start, stop, options.group_size) from None
 
