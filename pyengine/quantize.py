@@ -14,8 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass, field
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +34,7 @@ from .tokenizer import export_tokenizer
 
 SHARD_BYTES = 4 << 30
 PIECE_BYTES = 8 << 20  # codes computed at a time
+PIECES_BEHIND = 8  # at most, computed and not yet written
 
 
 # ---- what is written -------------------------------------------------------------------------
@@ -265,32 +269,79 @@ def _write_json(path: Path, value) -> None:
 # ---- the pass --------------------------------------------------------------------------------
 
 
+class _Behind:
+    """Runs calls in their order on a thread of its own, a few behind the caller.
+
+    What a call raises is raised by the next one, or by `wait`; those between are not made.
+    """
+
+    def __init__(self):
+        self._executor, self._pending, self._failed = ThreadPoolExecutor(1), deque(), False
+
+    def __call__(self, function, *arguments) -> None:
+        if len(self._pending) == PIECES_BEHIND:
+            self._pending.popleft().result()
+        self._pending.append(self._executor.submit(self._run, function, arguments))
+
+    def wait(self) -> None:
+        while self._pending:
+            self._pending.popleft().result()
+
+    def stop(self) -> None:
+        """Make no more calls, and be sure that none is being made."""
+        self._failed = True
+        self._executor.shutdown()
+
+    def _run(self, function, arguments):
+        if self._failed:
+            return
+        try:
+            function(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
+
+
 class Pass:
-    """Reads each parameter once and hands every twin its codes."""
+    """Reads each parameter once and hands every twin its codes.
+
+    The twins' files are hashed and written by another thread meanwhile.
+    """
 
     def __init__(self, pool: ops.Pool, options: Options, advance):
         self.pool, self.options, self.advance = pool, options, advance
 
     def run(self, twins: list[Twin]) -> None:
+        self.behind = _Behind()
+        try:
+            self._run(twins)
+            self.behind.wait()
+        finally:
+            self.behind.stop()
+
+    def _run(self, twins: list[Twin]) -> None:
         for units in zip(*(twin.units for twin in twins)):
             wanted = [(twin, unit) for twin, unit in zip(twins, units) if twin.wants(unit)]
             for twin, unit in zip(twins, units):
                 if not twin.wants(unit):
                     self.advance(sum(entry.nbytes for entry in unit))
             for twin, unit in wanted:
-                twin.begin(unit)
+                self.behind(twin.begin, unit)
             if wanted:
                 self._parameter(wanted)
             for twin, unit in wanted:
-                twin.end(unit)
+                self.behind(twin.end, unit)
+
+    def _write(self, twin: Twin, name: str, array: np.ndarray) -> None:
+        self.behind(twin.write, name, array)
+        self.advance(array.nbytes)
 
     def _parameter(self, wanted) -> None:
         _, unit = wanted[0]
         if len(unit) == 1:
             for values in self._plain_values(unit[0]):
                 for twin, (entry,) in wanted:
-                    twin.write(entry.name, values)
-                    self.advance(values.nbytes)
+                    self._write(twin, entry.name, values)
             return
         experts = range(unit[0].shape[0]) if len(unit[0].shape) == 3 else [None]
         scales = {twin: [] for twin, _ in wanted}
@@ -299,8 +350,7 @@ class Pass:
                 scales[twin].append(of_expert)
         for twin, (_, entry) in wanted:
             for of_expert in scales[twin]:
-                twin.write(entry.name, of_expert)
-                self.advance(of_expert.nbytes)
+                self._write(twin, entry.name, of_expert)
 
     def _expert(self, wanted, expert) -> dict[Twin, np.ndarray]:
         """Writes the codes of one matrix; -> its scales [n_groups, rows] for each twin."""
@@ -315,8 +365,7 @@ class Pass:
                                                   twin.largest, self.options)
                     if twin.bits == 4:
                         codes = pack_int4(codes)
-                    twin.write(codes_entry.name, codes)
-                    self.advance(codes.nbytes)
+                    self._write(twin, codes_entry.name, codes)
                     parts[twin].append(scales)
         return {twin: np.ascontiguousarray(np.concatenate(part).T) for twin, part in parts.items()}
 
@@ -394,10 +443,15 @@ def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: st
         for twin in twins:
             twin.prepare()
         total = sum(twin.nbytes for twin in twins) + checkpoint.file.size
-        with progress(total, "quantize") as bar:
-            Pass(ops.Pool(threads), options, bar.update).run(twins)
-            sources = [provenance.describe_file(path, bar.update)
-                       for path in checkpoint.source_files]
+        with progress(total, "quantize") as bar, ThreadPoolExecutor(1) as beside:
+            # What the pass reads is in memory for a while: so near it, the hash is no second reading.
+            stop = Event()
+            hashing = beside.submit(_describe_sources, checkpoint, bar.update, stop)
+            try:
+                Pass(ops.Pool(threads), options, bar.update).run(twins)
+                sources = hashing.result()
+            finally:
+                stop.set()
         for twin in twins:
             twin.finish(checkpoint, options, sources)
     except (KeyboardInterrupt, OSError):  # a disk that is full, a user who will come back
@@ -408,6 +462,15 @@ def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: st
         for twin in twins:
             twin.abort(keep=False)
         raise
+
+
+def _describe_sources(checkpoint: Checkpoint, advance, stop: Event) -> list[dict]:
+    def step(nbytes):
+        if stop.is_set():
+            raise InterruptedError
+        advance(nbytes)
+
+    return [provenance.describe_file(path, step) for path in checkpoint.source_files]
 
 
 def checked_options(group_size, scale, shard_bytes=SHARD_BYTES) -> Options:
