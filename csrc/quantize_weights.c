@@ -76,30 +76,54 @@ static uint16_t absmax_scale(float amax, int32_t largest)
     return scale;
 }
 
-static double squared_error(const float *x, int64_t n, double scale, int32_t largest)
+/* The candidates of PE_SCALE_MSE, f16(absmax * (256 - i) / 256), are tried LANES at a time. */
+#define CANDIDATES 65
+#define LANES 8
+
+/* sum[j] = the group's squared error with scale[j], ascending.  Adding and taking away 1.5 * 2^52 is
+ * rint, but for the sign of a zero, which no square shows; and it is a sum, so that it vectorises. */
+static void squared_errors(const float *x, int64_t n, const double *scale, double largest, double *sum)
 {
-    double sum = 0.0;
+    const double round = 0x1.8p52;
+    for (int j = 0; j < LANES; j++)
+        sum[j] = 0.0;
     for (int64_t i = 0; i < n; i++) {
-        double code = rint((double)x[i] / scale);
-        code = code > largest ? largest : code < -largest ? -largest : code;
-        double error = (double)x[i] - code * scale;
-        sum += error * error;
+        const double v = (double)x[i];
+        for (int j = 0; j < LANES; j++) {
+            double code = (v / scale[j] + round) - round;
+            code = code > largest ? largest : code;
+            code = code < -largest ? -largest : code;
+            const double error = v - code * scale[j];
+            sum[j] += error * error;
+        }
     }
-    return sum;
 }
 
-static uint16_t mse_scale(const float *x, int64_t n, uint16_t absmax, int32_t largest)
+/* Whether clipping the greatest magnitude alone costs `least`: then it does with any smaller scale, and
+ * the rest of a group can only add to it. */
+static int clips_too_much(double amax, double scale, double largest, double least)
 {
-    uint16_t best = absmax;
-    double least = squared_error(x, n, f16_value(absmax), largest);
-    for (int i = 1; i <= 64; i++) {
-        uint16_t scale = f16_nearest(f16_value(absmax) * ((256 - i) / 256.0));
-        if (scale == 0)
+    const double error = amax - largest * scale;
+    return rint(amax / scale) > largest && error * error >= least;
+}
+
+static uint16_t mse_scale(const float *x, int64_t n, double amax, uint16_t absmax, int32_t largest)
+{
+    uint16_t best = absmax, candidate[LANES];
+    double least = INFINITY, scale[LANES], sum[LANES];
+    for (int first = 0; first < CANDIDATES && least > 0.0; first += LANES) {
+        for (int j = 0; j < LANES; j++) {
+            candidate[j] = f16_nearest(f16_value(absmax) * ((256 - first - j) / 256.0));
+            scale[j] = candidate[j] ? f16_value(candidate[j]) : 1.0;
+        }
+        if (!candidate[0] || clips_too_much(amax, scale[0], largest, least))
             break;
-        double error = squared_error(x, n, f16_value(scale), largest);
-        if (error < least) {
-            least = error;
-            best = scale;
+        squared_errors(x, n, scale, largest, sum);
+        for (int j = 0; j < LANES && first + j < CANDIDATES && candidate[j]; j++) {
+            if (sum[j] < least) {
+                least = sum[j];
+                best = candidate[j];
+            }
         }
     }
     return best;
@@ -120,7 +144,7 @@ static int32_t quantize_weight_group(const float *x, int64_t n, int32_t largest,
     if (*scale >= F16_INFINITY)
         return PE_ERROR_NONFINITE;
     if (method == PE_SCALE_MSE)
-        *scale = mse_scale(x, n, *scale, largest);
+        *scale = mse_scale(x, n, amax, *scale, largest);
     pe_active.encode_group(x, n, f16_value(*scale), largest, codes);
     return PE_OK;
 }
