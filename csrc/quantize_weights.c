@@ -25,7 +25,7 @@ static double f16_value(uint16_t bits) { return (double)pe_f16_to_float(bits); }
 /* ---- one row --------------------------------------------------------------------------------- */
 
 /* Stored row `row` of w as float32 [cols], exact. */
-static void load_row(const pe_matrix *w, int64_t row, float *x)
+static void load_row(const pe_matrix *w, int64_t row, float *restrict x)
 {
     const int64_t cols = w->cols;
     const char *data = w->data;
@@ -55,15 +55,13 @@ static void load_row(const pe_matrix *w, int64_t row, float *x)
 /* PE_ERROR_NONFINITE if there is a NaN or an infinity: their exponents are all ones. */
 static int32_t greatest_magnitude(const float *x, int64_t n, float *amax)
 {
-    uint32_t most = 0;
+    int32_t most = 0; /* signed: SSE2 compares no other */
     for (int64_t i = 0; i < n; i++) {
-        uint32_t magnitude;
-        memcpy(&magnitude, x + i, sizeof magnitude);
-        magnitude &= 0x7fffffffu;
+        const int32_t magnitude = (int32_t)(pe_float_to_bits(x[i]) & 0x7fffffffu);
         most = magnitude > most ? magnitude : most;
     }
-    *amax = pe_bits_to_float(most);
-    return most >= 0x7f800000u ? PE_ERROR_NONFINITE : PE_OK;
+    *amax = pe_bits_to_float((uint32_t)most);
+    return most >= 0x7f800000 ? PE_ERROR_NONFINITE : PE_OK;
 }
 
 static uint16_t absmax_scale(float amax, int32_t largest)
@@ -80,20 +78,23 @@ static uint16_t absmax_scale(float amax, int32_t largest)
 #define CANDIDATES 65
 #define LANES 8
 
-/* sum[j] = the group's squared error with scale[j], ascending.  Adding and taking away 1.5 * 2^52 is
- * rint, but for the sign of a zero, which no square shows; and it is a sum, so that it vectorises. */
-static void squared_errors(const float *x, int64_t n, const double *scale, double largest, double *sum)
+/* sum[j] = the group's squared error with scale[j], ascending.  A quotient in float32 gives the same
+ * code: quantize_weights_avx2.c says why.  Adding and taking away 1.5 * 2^23 is rint, but for the sign
+ * of a zero, which no square shows; and it is a sum, so that it vectorises. */
+static void squared_errors(const float *x, int64_t n, const double *scale, float largest, double *sum)
 {
-    const double round = 0x1.8p52;
-    for (int j = 0; j < LANES; j++)
+    const float round = 0x1.8p23f;
+    float s[LANES];
+    for (int j = 0; j < LANES; j++) {
+        s[j] = (float)scale[j];
         sum[j] = 0.0;
+    }
     for (int64_t i = 0; i < n; i++) {
-        const double v = (double)x[i];
         for (int j = 0; j < LANES; j++) {
-            double code = (v / scale[j] + round) - round;
+            float code = (x[i] / s[j] + round) - round;
             code = code > largest ? largest : code;
             code = code < -largest ? -largest : code;
-            const double error = v - code * scale[j];
+            const double error = (double)x[i] - (double)code * scale[j];
             sum[j] += error * error;
         }
     }
@@ -118,7 +119,7 @@ static uint16_t mse_scale(const float *x, int64_t n, double amax, uint16_t absma
         }
         if (!candidate[0] || clips_too_much(amax, scale[0], largest, least))
             break;
-        squared_errors(x, n, scale, largest, sum);
+        squared_errors(x, n, scale, (float)largest, sum);
         for (int j = 0; j < LANES && first + j < CANDIDATES && candidate[j]; j++) {
             if (sum[j] < least) {
                 least = sum[j];

@@ -170,12 +170,14 @@ static int64_t *reversed(int64_t n)
     return order;
 }
 
-/* Halves of small integers, of which the greatest, largest, makes the scale 1; some an ulp away. */
+/* Halves of small integers times a scale, which the greatest of them, largest times it, gives back; some
+ * an ulp away, so that their quotient in float32 is a half and their exact one is not. */
 static void make_ties(float *x, int64_t n, int32_t largest)
 {
+    const float scale = 1.0f + (float)random_int(0, 1023) * 0x1p-10f; /* a float16: products are exact */
     for (int64_t i = 0; i < n; i++) {
         uint32_t bits;
-        x[i] = i % 32 ? (float)random_int(-2 * largest, 2 * largest) * 0.5f : (float)largest;
+        x[i] = scale * (i % 32 ? (float)random_int(-2 * largest, 2 * largest) * 0.5f : (float)largest);
         memcpy(&bits, x + i, sizeof bits);
         if (i % 32 && bits & 0x7fffffffu)
             bits -= (uint32_t)random_int(0, 1);

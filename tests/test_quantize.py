@@ -308,6 +308,23 @@ def test_every_float16_scale_comes_out_of_its_own_maximum():
     assert np.array_equal(again[:, 0], scales) and (codes == 127).all()
 
 
+def test_the_ties_of_every_scale_and_their_neighbours(each_isa):
+    """All there are: the codes must not depend on how exactly a level divides."""
+    scales = np.arange(0x0400, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)[:, None]
+    for largest in (127, 7):
+        j = np.arange(largest)
+        ties = scales * (j.astype(np.float32) + np.float32(0.5))  # exact
+        below, above = np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))
+        x = np.concatenate([scales * np.float32(largest), below, ties, above], axis=1)
+        wanted = np.concatenate([[largest], j, j + j % 2, j + 1])
+        for sign in (1, -1):
+            matrix = ops.Matrix("F32", x.shape[1], np.float32(sign) * x)
+            codes, got = ops.quantize_weights(POOL, matrix, None, None, 0, len(x), largest, x.shape[1],
+                                              "absmax")
+            assert np.array_equal(got.astype(np.float32), scales)
+            assert (codes == sign * wanted).all()
+
+
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_every_source_type(kind):
     rng = np.random.default_rng(1729)

@@ -536,6 +536,29 @@ def test_compressed_tensors_int8():
     assert set(report.failures) == {1, 6, 9, 15}, f"\n{report}"
 
 
+@pytest.mark.golden
+def test_torchao_int8():
+    """It multiplies by 1 / s, which moves values an ulp from a tie; its least scale is 2^-126."""
+    torch = pytest.importorskip("torch")
+    ao = pytest.importorskip("torchao.quantization.quant_primitives")
+    block, limits = (1, 32), (torch.int8, -127, 127)
+
+    def quantize(x):
+        weights = torch.from_numpy(x.copy())
+        scales, zeros = ao.choose_qparams_affine(weights, ao.MappingType.SYMMETRIC, block, *limits)
+        codes = ao.quantize_affine(weights, block, scales, zeros, *limits)
+        return codes.numpy(), scales.reshape(len(x), -1).numpy()
+
+    def dequantize(codes, scales):
+        return ao.dequantize_affine(torch.from_numpy(codes), block, torch.from_numpy(scales), None,
+                                    *limits).numpy()
+
+    report = check_quantizer(quantize, dequantize, Format(127, 32, "float32", multiple=32,
+                                                          zero_scale=None),
+                             properties=[1, 2, 3, 5, 6, 7, 8, 9, 13, 15], examples=50)
+    assert set(report.failures) == {5, 7, 15}, f"\n{report}"
+
+
 # ---- formats other than ours -----------------------------------------------------------------
 
 
