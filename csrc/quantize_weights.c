@@ -222,3 +222,29 @@ int32_t pe_quantize_weights(pe_pool *pool, const pe_matrix *w, int64_t expert,
                       method, codes, scales};
     return pe_pool_run(pool, quantize_rows, &q, row1 - row0, 8);
 }
+
+/* ---- packing --------------------------------------------------------------------------------- */
+
+typedef struct {
+    const int8_t *codes;
+    uint8_t *packed;
+} pack_args;
+
+static void pack(const int8_t *restrict codes, int64_t n, uint8_t *restrict packed)
+{
+    for (int64_t i = 0; i < n; i++)
+        packed[i] = (uint8_t)(((codes[2 * i] + 8) & 15) | (codes[2 * i + 1] + 8) << 4);
+}
+
+static int32_t pack_part(void *arg, int64_t begin, int64_t end)
+{
+    const pack_args *a = arg;
+    pack(a->codes + 2 * begin, end - begin, a->packed + begin);
+    return PE_OK;
+}
+
+int32_t pe_pack_int4(pe_pool *pool, const int8_t *codes, int64_t n, uint8_t *packed)
+{
+    pack_args a = {codes, packed};
+    return pe_pool_run(pool, pack_part, &a, n, 1 << 16);
+}

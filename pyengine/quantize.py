@@ -25,7 +25,7 @@ import numpy as np
 
 from . import hf, ops, provenance
 from .checkpoint import Checkpoint, Spec, Tensor, model_specs, open_checkpoint
-from .codes import GROUP, LARGEST, SCALES, pack_int4, to_bfloat16
+from .codes import GROUP, LARGEST, SCALES, to_bfloat16
 from .decoder.linear import as_matrix
 from .errors import CheckpointError, InputError
 from .files.safetensors import SafetensorsFile, SafetensorsWriter
@@ -364,7 +364,8 @@ class Pass:
                     codes, scales = quantize_rows(self.pool, tensor, expert, start, stop,
                                                   twin.largest, self.options)
                     if twin.bits == 4:
-                        codes = pack_int4(codes)
+                        with self.pool.lock:
+                            codes = ops.pack_int4(self.pool, codes)
                     self._write(twin, codes_entry.name, codes)
                     parts[twin].append(scales)
         return {twin: np.ascontiguousarray(np.concatenate(part).T) for twin, part in parts.items()}

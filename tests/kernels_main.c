@@ -529,6 +529,15 @@ static int32_t weights_int4_mse(pe_pool *pool, int index)
     return quantize_weights(pool, index, 7, PE_SCALE_MSE);
 }
 
+static int32_t pack_int4(pe_pool *pool, int index)
+{
+    const int64_t n = index == 9 ? 200000 : length(index);
+    int8_t *codes = array((size_t)(2 * n), 0);
+    for (int64_t i = 0; i < 2 * n; i++)
+        codes[i] = (int8_t)random_int(-8, 7);
+    return pe_pack_int4(pool, codes, n, array((size_t)n, 1));
+}
+
 static const struct {
     const char *name;
     int32_t (*run)(pe_pool *pool, int index);
@@ -563,6 +572,7 @@ static const struct {
     {"weights INT4", weights_int4, 120},
     {"weights INT8 mse", weights_int8_mse, 60},
     {"weights INT4 mse", weights_int4_mse, 60},
+    {"pack_int4", pack_int4, 40},
 };
 
 #define N_OPERATIONS ((int)(sizeof operations / sizeof operations[0]))

@@ -15,7 +15,7 @@ import pyengine
 from pyengine import ops
 from pyengine.checkpoint import Tensor, model_specs, open_checkpoint
 from pyengine.cli import main
-from pyengine.codes import GROUP, quantize_groups, to_bfloat16
+from pyengine.codes import GROUP, pack_int4, quantize_groups, to_bfloat16, unpack_int4
 from pyengine.errors import CheckpointError, InputError, PyengineError
 from pyengine.files.gguf import GGUF
 from pyengine.files.safetensors import SafetensorsWriter
@@ -298,6 +298,16 @@ def test_the_c_core_gives_the_definitions_bits(x, largest, scale, group):
 
 
 POOL = ops.Pool(2)
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 2), (15, 30), (3, 99_998)])  # one part, and several
+def test_the_c_core_packs_as_the_definition_does(rows, cols):
+    pairs = np.stack(np.meshgrid(np.arange(-7, 8), np.arange(-7, 8)), axis=-1).astype(np.int8)
+    codes = np.resize(pairs, (rows, cols))
+    assert np.array_equal(ops.pack_int4(POOL, codes), pack_int4(codes))
+    assert np.array_equal(unpack_int4(ops.pack_int4(POOL, codes)), codes)
+    with pytest.raises(InputError, match="even number of columns"):
+        ops.pack_int4(POOL, np.zeros((2, 3), np.int8))
 
 
 def test_every_float16_scale_comes_out_of_its_own_maximum():
