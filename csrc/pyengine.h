@@ -301,6 +301,9 @@ int32_t pe_quantize_weights(pe_pool *pool, const pe_matrix *w, int64_t expert,
                             int64_t row1, int32_t largest, int64_t group_size, int32_t method,
                             int8_t *codes, uint16_t *scales);
 
+/* Two codes from -8 to 7 a byte: packed[i] = (codes[2 i] + 8) | (codes[2 i + 1] + 8) << 4, i < n. */
+int32_t pe_pack_int4(pe_pool *pool, const int8_t *codes, int64_t n, uint8_t *packed);
+
 /* CDEF END */
 
 #endif

@@ -25,7 +25,7 @@ static double f16_value(uint16_t bits) { return (double)pe_f16_to_float(bits); }
 /* ---- one row --------------------------------------------------------------------------------- */
 
 /* Stored row `row` of w as float32 [cols], exact. */
-static void load_row(const pe_matrix *w, int64_t row, float *x)
+static void load_row(const pe_matrix *w, int64_t row, float *restrict x)
 {
     const int64_t cols = w->cols;
     const char *data = w->data;
@@ -55,15 +55,13 @@ static void load_row(const pe_matrix *w, int64_t row, float *x)
 /* PE_ERROR_NONFINITE if there is a NaN or an infinity: their exponents are all ones. */
 static int32_t greatest_magnitude(const float *x, int64_t n, float *amax)
 {
-    uint32_t most = 0;
+    int32_t most = 0; /* signed: SSE2 compares no other */
     for (int64_t i = 0; i < n; i++) {
-        uint32_t magnitude;
-        memcpy(&magnitude, x + i, sizeof magnitude);
-        magnitude &= 0x7fffffffu;
+        const int32_t magnitude = (int32_t)(pe_float_to_bits(x[i]) & 0x7fffffffu);
         most = magnitude > most ? magnitude : most;
     }
-    *amax = pe_bits_to_float(most);
-    return most >= 0x7f800000u ? PE_ERROR_NONFINITE : PE_OK;
+    *amax = pe_bits_to_float((uint32_t)most);
+    return most >= 0x7f800000 ? PE_ERROR_NONFINITE : PE_OK;
 }
 
 static uint16_t absmax_scale(float amax, int32_t largest)
@@ -76,30 +74,57 @@ static uint16_t absmax_scale(float amax, int32_t largest)
     return scale;
 }
 
-static double squared_error(const float *x, int64_t n, double scale, int32_t largest)
+/* The candidates of PE_SCALE_MSE, f16(absmax * (256 - i) / 256), are tried LANES at a time. */
+#define CANDIDATES 65
+#define LANES 8
+
+/* sum[j] = the group's squared error with scale[j], ascending.  A quotient in float32 gives the same
+ * code: quantize_weights_avx2.c says why.  Adding and taking away 1.5 * 2^23 is rint, but for the sign
+ * of a zero, which no square shows; and it is a sum, so that it vectorises. */
+static void squared_errors(const float *x, int64_t n, const double *scale, float largest, double *sum)
 {
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; i++) {
-        double code = rint((double)x[i] / scale);
-        code = code > largest ? largest : code < -largest ? -largest : code;
-        double error = (double)x[i] - code * scale;
-        sum += error * error;
+    const float round = 0x1.8p23f;
+    float s[LANES];
+    for (int j = 0; j < LANES; j++) {
+        s[j] = (float)scale[j];
+        sum[j] = 0.0;
     }
-    return sum;
+    for (int64_t i = 0; i < n; i++) {
+        for (int j = 0; j < LANES; j++) {
+            float code = (x[i] / s[j] + round) - round;
+            code = code > largest ? largest : code;
+            code = code < -largest ? -largest : code;
+            const double error = (double)x[i] - (double)code * scale[j];
+            sum[j] += error * error;
+        }
+    }
 }
 
-static uint16_t mse_scale(const float *x, int64_t n, uint16_t absmax, int32_t largest)
+/* Whether clipping the greatest magnitude alone costs `least`: then it does with any smaller scale, and
+ * the rest of a group can only add to it. */
+static int clips_too_much(double amax, double scale, double largest, double least)
 {
-    uint16_t best = absmax;
-    double least = squared_error(x, n, f16_value(absmax), largest);
-    for (int i = 1; i <= 64; i++) {
-        uint16_t scale = f16_nearest(f16_value(absmax) * ((256 - i) / 256.0));
-        if (scale == 0)
+    const double error = amax - largest * scale;
+    return rint(amax / scale) > largest && error * error >= least;
+}
+
+static uint16_t mse_scale(const float *x, int64_t n, double amax, uint16_t absmax, int32_t largest)
+{
+    uint16_t best = absmax, candidate[LANES];
+    double least = INFINITY, scale[LANES], sum[LANES];
+    for (int first = 0; first < CANDIDATES && least > 0.0; first += LANES) {
+        for (int j = 0; j < LANES; j++) {
+            candidate[j] = f16_nearest(f16_value(absmax) * ((256 - first - j) / 256.0));
+            scale[j] = candidate[j] ? f16_value(candidate[j]) : 1.0;
+        }
+        if (!candidate[0] || clips_too_much(amax, scale[0], largest, least))
             break;
-        double error = squared_error(x, n, f16_value(scale), largest);
-        if (error < least) {
-            least = error;
-            best = scale;
+        squared_errors(x, n, scale, (float)largest, sum);
+        for (int j = 0; j < LANES && first + j < CANDIDATES && candidate[j]; j++) {
+            if (sum[j] < least) {
+                least = sum[j];
+                best = candidate[j];
+            }
         }
     }
     return best;
@@ -120,7 +145,7 @@ static int32_t quantize_weight_group(const float *x, int64_t n, int32_t largest,
     if (*scale >= F16_INFINITY)
         return PE_ERROR_NONFINITE;
     if (method == PE_SCALE_MSE)
-        *scale = mse_scale(x, n, *scale, largest);
+        *scale = mse_scale(x, n, amax, *scale, largest);
     pe_active.encode_group(x, n, f16_value(*scale), largest, codes);
     return PE_OK;
 }
@@ -196,4 +221,30 @@ int32_t pe_quantize_weights(pe_pool *pool, const pe_matrix *w, int64_t expert,
     weights_args q = {pe_matrix_expert(w, expert), row_order, col_order, row0, group_size, largest,
                       method, codes, scales};
     return pe_pool_run(pool, quantize_rows, &q, row1 - row0, 8);
+}
+
+/* ---- packing --------------------------------------------------------------------------------- */
+
+typedef struct {
+    const int8_t *codes;
+    uint8_t *packed;
+} pack_args;
+
+static void pack(const int8_t *restrict codes, int64_t n, uint8_t *restrict packed)
+{
+    for (int64_t i = 0; i < n; i++)
+        packed[i] = (uint8_t)(((codes[2 * i] + 8) & 15) | (codes[2 * i + 1] + 8) << 4);
+}
+
+static int32_t pack_part(void *arg, int64_t begin, int64_t end)
+{
+    const pack_args *a = arg;
+    pack(a->codes + 2 * begin, end - begin, a->packed + begin);
+    return PE_OK;
+}
+
+int32_t pe_pack_int4(pe_pool *pool, const int8_t *codes, int64_t n, uint8_t *packed)
+{
+    pack_args a = {codes, packed};
+    return pe_pool_run(pool, pack_part, &a, n, 1 << 16);
 }

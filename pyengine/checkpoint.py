@@ -17,10 +17,11 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from .codes import GROUP, unpack_int4
-from .config import LINEAR, Config, read_hf_config
+from .config import LINEAR, Config, read_group_size, read_hf_config
 from .errors import CheckpointError, InputError
 from .files import gguf as gguf_file
 from .files.safetensors import SafetensorsDirectory
+from .names import hint
 
 DENSE_TYPES = ("F32", "F16", "BF16")
 BLOCK_TYPES = {"Q8_0": GGMLQuantizationType.Q8_0, "Q4_0": GGMLQuantizationType.Q4_0}
@@ -37,9 +38,11 @@ class Tensor:
     type     F32, F16, BF16, Q8_0, Q4_0, INT8 or INT4
     shape    Hugging Face's: [rows, cols], [experts, rows, cols] or a vector's [n]
     data     as stored: floats (BF16 as uint16) [.., cols]; Q8_0 uint8 [.., cols / 32 * 34]; Q4_0
-             uint8 [.., cols / 32 * 18]; INT8 int8 [.., cols]; INT4 uint8 [.., cols / 2], low nibble = even column, nibble = code + 8
+             uint8 [.., cols / 32 * 18]; INT8 int8 [.., cols]; INT4 uint8 [.., cols / 2], low
+             nibble = even column, nibble = code + 8
              A stack whose experts lie apart in their file is a tuple of matrices.
     scales   INT8, INT4: float16 [.., n_groups, rows]; else None
+    group    INT8, INT4: columns that share a scale
     row_order, col_order   Hugging Face's row i is stored row row_order[i]; None: the same
     decode   what turns stored values into Hugging Face's (float64 -> float64); None: nothing
     """
@@ -49,6 +52,7 @@ class Tensor:
     shape: tuple[int, ...]
     data: np.ndarray
     scales: np.ndarray | None = None
+    group: int = GROUP
     row_order: np.ndarray | None = None
     col_order: np.ndarray | None = None
     decode: object = None
@@ -62,7 +66,8 @@ class Tensor:
         elif isinstance(data, tuple):
             data = np.stack(data)
         data = data[..., rows, :] if data.ndim > 1 else data
-        return _dequantize(self.type, data, None if scales is None else scales[..., rows])
+        scales = None if scales is None else scales[..., rows]
+        return _dequantize(self.type, data, scales, self.group)
 
     def float64(self, expert=None) -> np.ndarray:
         """The values in Hugging Face's order and convention; of one expert of a stack, or all."""
@@ -93,7 +98,7 @@ class Tensor:
         return y if self.row_order is None else y[..., self.row_order]
 
 
-def _dequantize(kind, data, scales):
+def _dequantize(kind, data, scales, group):
     if kind in ("F32", "F16"):
         return data.astype(np.float32)
     if kind == "BF16":
@@ -101,7 +106,7 @@ def _dequantize(kind, data, scales):
     if kind in BLOCK_TYPES:
         return gguf_file.blocks_to_float32(data, BLOCK_TYPES[kind])
     codes = data if kind == "INT8" else unpack_int4(data)
-    per_column = np.repeat(np.moveaxis(scales, -2, -1), GROUP, axis=-1)[..., : codes.shape[-1]]
+    per_column = np.repeat(np.moveaxis(scales, -2, -1), group, axis=-1)[..., : codes.shape[-1]]
     return codes * per_column.astype(np.float32)
 
 
@@ -297,8 +302,16 @@ class _GGUFTensors:
             if block.isdigit() and first_nextn <= int(block) < (
                     first_nextn + self.config.num_nextn_predict_layers):
                 continue  # a next-token-prediction block: no layer of the forward pass
-            raise CheckpointError(f"{self.file.path}: {name}: want only tensors that the "
-                                  "architecture qwen35moe has, got this one")
+            raise CheckpointError(
+                f"{self.file.path}: {name}: want only tensors that the architecture qwen35moe has, got "
+                f"this one{hint(name, self._known(), 'nearest known name')}")
+
+    def _known(self) -> set[str]:
+        """Every name that this model's tensors can have."""
+        names = {spec.gguf for spec in model_specs(self.config)}
+        for suffix, (fused, _) in _FUSED.items():
+            names |= {name.removesuffix(suffix) + fused for name in names if name.endswith(suffix)}
+        return names
 
     def _fused(self, spec: Spec) -> Tensor | None:
         """A part of a tensor that `--fuse-qkv` or a fused gate_up put together, or None."""
@@ -319,7 +332,9 @@ class _GGUFTensors:
     def _whole(self, spec: Spec) -> Tensor:
         stored = self.file.tensors.get(spec.gguf)
         if stored is None:
-            raise CheckpointError(f"{self.file.path}: {spec.gguf}: want this tensor, got none")
+            unknown = set(self.file.tensors) - self._known()
+            raise CheckpointError(f"{self.file.path}: {spec.gguf}: want this tensor, got none"
+                                  f"{hint(spec.gguf, unknown, 'nearest unknown name in the file')}")
         self.used.add(spec.gguf)
         kinds = (*DENSE_TYPES, *BLOCK_TYPES) if spec.linear else DENSE_TYPES
         shape = _without_unit_axes(spec.shape)
@@ -374,8 +389,8 @@ def _without_unit_axes(shape):
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    config = read_hf_config(path)
-    reader = _DirectoryTensors(SafetensorsDirectory.open(path), config)
+    config, group = read_hf_config(path), read_group_size(path)
+    reader = _DirectoryTensors(SafetensorsDirectory.open(path), config, group)
     tensors = {}
     for spec in model_specs(config):
         tensors[spec.name] = reader.read(spec)
@@ -391,11 +406,16 @@ _QUANTIZED = {  # type: (suffix of linears, of expert stacks, dtype of the codes
 }
 
 
+def _marks(spec: Spec) -> list[str]:
+    """What the names of its codes end in."""
+    return [stack if len(spec.shape) == 3 else linear for linear, stack, _ in _QUANTIZED.values()]
+
+
 class _DirectoryTensors:
     """Reads parameters by Spec: quantised ones of our own layout, or plain floats."""
 
-    def __init__(self, file, config):
-        self.file, self.config = file, config
+    def __init__(self, file, config, group):
+        self.file, self.config, self.group = file, config, group
         self.used = set()
         self.prefix = ""
         if any(name.startswith("model.language_model.") for name in file.tensors):
@@ -415,8 +435,25 @@ class _DirectoryTensors:
     def check_all_used(self):
         for name in self.file.tensors:
             if name not in self.used and not name.startswith(("mtp.", "model.visual.")):
-                raise CheckpointError(f"{self.file.path}: {name}: want only tensors that the "
-                                      "model has, got this one")
+                raise CheckpointError(
+                    f"{self.file.path}: {name}: want only tensors that the model has, got this one"
+                    f"{hint(name, self._known(), 'nearest known name')}")
+
+    def _known(self) -> set[str]:
+        """Every name that this model's tensors can have: as floats, INT8 or INT4, experts fused or
+        apart."""
+        names = set()
+        for spec in model_specs(self.config):
+            name = self._name_in_file(spec.name)
+            if not spec.linear:
+                names.add(name)
+                continue
+            if len(spec.shape) == 3:
+                stem, part = name.rsplit(".", 1)
+                names |= {f"{stem}.{expert}.{part}.weight" for expert in range(spec.shape[0])}
+                name = name if part == "down_proj" else f"{stem}.gate_up_proj"
+            names |= {name, *(f"{name}{part}_{mark}" for mark in _marks(spec) for part in ("", "_scale"))}
+        return names
 
     def _name_in_file(self, name):
         if self.prefix and name.startswith("model."):
@@ -453,24 +490,38 @@ class _DirectoryTensors:
             if codes in self.file.tensors and spec.linear:
                 *lead, rows, cols = spec.shape
                 width = cols if kind == "INT8" else cols // 2
-                groups = -(-cols // GROUP)
+                groups = -(-cols // self.group)
                 return Tensor(spec.name, kind, spec.shape,
                               self._take(codes, (*lead, rows, width), (dtype,)),
                               self._take(scales, (*lead, groups, rows), ("F16",)),
-                              file_name=codes)
+                              self.group, file_name=codes)
         return None
 
     def _plain(self, spec, name) -> Tensor:
+        if spec.linear and name not in self.file.tensors:
+            raise self._no_form_of(spec, name)
         data = self._take(name, spec.shape, DENSE_TYPES)
         if not spec.linear:
             data = data.reshape(_without_unit_axes(spec.shape) or (1,))
         kind = self.file.tensors[name].dtype
         return Tensor(spec.name, kind, spec.shape, data, file_name=name)
 
+    def _no_form_of(self, spec, name) -> CheckpointError:
+        """Neither floats nor codes of a matrix."""
+        last = name.rsplit(".", 1)[1]
+        forms = " or ".join(f".{last}_{mark}" for mark in _marks(spec))
+        return CheckpointError(f"{self.file.path}: {name}, {forms}: want one of these tensors, got none"
+                               f"{self._hint(name)}")
+
+    def _hint(self, name) -> str:
+        unknown = set(self.file.tensors) - self._known()
+        return hint(name, unknown, "nearest unknown name in the file")
+
     def _take(self, name, shape, dtypes):
         view = self.file.tensors.get(name)
         if view is None:
-            raise CheckpointError(f"{self.file.path}: {name}: want this tensor, got none")
+            raise CheckpointError(f"{self.file.path}: {name}: want this tensor, got none"
+                                  f"{self._hint(name)}")
         if tuple(view.shape) != tuple(shape) or view.dtype not in dtypes:
             raise CheckpointError(f"{self.file.path}: {name}: want {tuple(shape)} "
                                   f"{' or '.join(dtypes)}, got {tuple(view.shape)} {view.dtype}")

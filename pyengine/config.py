@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .codes import GROUP
 from .errors import CheckpointError, FileFormatError
+from .names import hint
 
 ARCHITECTURE = "qwen35moe"
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -142,6 +144,15 @@ def read_hf_config(directory: Path) -> Config:
     return config
 
 
+def read_group_size(directory: Path) -> int:
+    """The columns that share a scale in a checkpoint directory of quantised tensors."""
+    path = directory / "config.json"
+    group = read_json(path).get("pyengine_group_size", GROUP)
+    if not isinstance(group, int) or isinstance(group, bool) or group < 1:
+        raise FileFormatError(path, "pyengine_group_size", f"want a positive integer, got {group!r}")
+    return group
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file.  FileFormatError if there is none."""
     try:
@@ -205,7 +216,9 @@ def _from_gguf(meta: _Metadata, gguf) -> Config:
         raise meta.error("attention.value_length", f"want {head_dim} as attention.key_length, got "
                          f"{meta.integer('attention.value_length')}")
     if "token_embd.weight" not in gguf.tensors:
-        raise FileFormatError(gguf.path, "token_embd.weight", "want this tensor, got none")
+        raise FileFormatError(gguf.path, "token_embd.weight", "want this tensor, got none" + hint(
+            "token_embd.weight", (name for name in gguf.tensors if not name.startswith(("blk.", "output"))),
+            "nearest unknown name in the file"))
     ids = gguf.metadata
     return Config(
         vocab_size=gguf.tensors["token_embd.weight"].shape[0],

@@ -16,8 +16,8 @@ A weight is code * scale, the same product as in the source, to the bit.  What d
 * The router is a float32 `mlp.gate.weight` with the values of code * scale.  Its class is no Linear
   in transformers, so that compressed-tensors would not unpack it.  The same happens to whatever else
   of `FLOATS` a checkpoint has quantised; ours has the rest of them as floats already.
-* A group must divide the columns.  Where 128 does not, every linear has the smaller groups that do,
-  with the scale of the group of 128 that they lie in.
+* A group must divide the columns, and servers have none above 128.  Where the source's does not fit,
+  every linear has the smaller groups that do, with the scale of the group that they lie in.
 
 Everything else is copied.  The architecture is transformers' own: no code travels with it.
 """
@@ -124,13 +124,16 @@ def _check_destination(destination: Path) -> None:
 
 
 def _group_size(checkpoint: Checkpoint) -> int:
-    """The largest group, 128 or less, that divides the columns of every packed linear."""
+    """The largest group, 128 or less, that divides the source's and every packed linear's columns."""
     packed = [tensor for tensor in checkpoint.tensors.values() if _is_packed(tensor)]
     for tensor in packed:
+        if tensor.group % SMALLEST_GROUP:
+            raise CheckpointError(f"{tensor.file_name}: want groups of a multiple of "
+                                  f"{SMALLEST_GROUP} columns, got {tensor.group}")
         if tensor.shape[-1] % SMALLEST_GROUP:
             raise CheckpointError(f"{tensor.file_name}: want a multiple of {SMALLEST_GROUP} columns, "
                                   f"the smallest group of the layout, got {tensor.shape[-1]}")
-    return math.gcd(GROUP, *(tensor.shape[-1] for tensor in packed))
+    return math.gcd(GROUP, *(n for tensor in packed for n in (tensor.group, tensor.shape[-1])))
 
 
 def _is_packed(tensor: Tensor) -> bool:
@@ -169,7 +172,7 @@ def _packed(name: str, tensor: Tensor, expert: int | None, group: int) -> tuple[
         Entry(f"{name}.weight_packed", "I32", (rows, cols * BITS[tensor.type] // 32),
               lambda: pack_words(tensor.data[index])),
         Entry(f"{name}.weight_scale", "F32", (rows, cols // group),
-              lambda: scales_of_groups(tensor.scales[index], cols, group)),
+              lambda: scales_of_groups(tensor.scales[index], cols, tensor.group, group)),
         Entry(f"{name}.weight_shape", "I64", (2,), lambda: np.array([rows, cols], np.int64)),
     )
 
@@ -186,9 +189,9 @@ def pack_words(codes: np.ndarray) -> np.ndarray:
     return stored.view("<i4")
 
 
-def scales_of_groups(scales: np.ndarray, cols: int, group: int) -> np.ndarray:
-    """float16 [groups of 128, rows] -> float32 [rows, cols / group]; group divides 128 and cols."""
-    repeated = np.repeat(scales.T.astype(np.float32), GROUP // group, axis=1)
+def scales_of_groups(scales: np.ndarray, cols: int, stored: int, group: int) -> np.ndarray:
+    """float16 [groups of `stored`, rows] -> float32 [rows, cols / group]; group divides both."""
+    repeated = np.repeat(scales.T.astype(np.float32), stored // group, axis=1)
     return repeated[:, : cols // group]
 
 

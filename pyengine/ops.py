@@ -464,6 +464,16 @@ def quantize_weights(pool: Pool, matrix: Matrix, row_order, col_order, start: in
     return codes, scales
 
 
+def pack_int4(pool: Pool, codes):
+    """`codes.pack_int4` of int8 codes [rows, cols], cols even -> uint8 [rows, cols / 2]."""
+    rows, cols = codes.shape
+    _want(cols % 2 == 0, f"pack_int4: want an even number of columns, got {cols}")
+    packed = np.empty((rows, cols // 2), np.uint8)
+    _check(lib.pe_pack_int4(pool.pointer, _in(codes, np.int8, "int8_t[]"), packed.size,
+                            _out(packed, "uint8_t[]")), "pack_int4")
+    return packed
+
+
 def _order(order, n):
     if order is None:
         return ffi.NULL

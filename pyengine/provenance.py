@@ -1,16 +1,30 @@
-"""What a checkpoint was made from, and what was written: `noesis_provenance.json`."""
+"""What a checkpoint was made from, and what was written: `noesis_provenance.json`.
+
+    format, engine{name, version}, seed
+    source     files[{name, size, sha256}], tensor_types{type: count}
+    method     how scales and codes were chosen; group_size, bits
+    twin       id: of the source's bytes, the method and the group size, but not the bits: two
+               checkpoints with one id come from one source in one way; kind: int8 or int4
+    tensors    {name: {sha256}} of their bytes
+    files      {name: {sha256}} of what travels with them: config.json, the modelling file, the tokenizer
+    sha256     of all the rest of it, as JSON with sorted keys and no spaces
+
+`noesis-provenance-1` had no `files` and no `sha256`: it can be read, but its own fields cannot be
+checked.
+"""
 
 from __future__ import annotations
 
 import collections
 import hashlib
+import json
 from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .config import read_json
 from .errors import FileFormatError
 
-FORMAT = "noesis-provenance-1"
+FORMAT, OLDER_FORMATS = "noesis-provenance-2", ("noesis-provenance-1",)
 FILE_NAME = "noesis_provenance.json"
 SEED = 1729  # of every random draw in this package; quantising draws nothing, and says so by it
 HASH_PIECE = 16 << 20
@@ -27,6 +41,12 @@ def describe_file(path: Path, advance=lambda nbytes: None) -> dict:
     return {"name": path.name, "size": size, "sha256": digest.hexdigest()}
 
 
+def digests_of_files(directory: Path) -> dict[str, str]:
+    """{name: sha256} of what lies beside the tensors, whose own bytes are noted one by one."""
+    return {path.name: describe_file(path)["sha256"] for path in sorted(directory.iterdir())
+            if path.suffix != ".safetensors" and path.name != FILE_NAME}
+
+
 def engine_version() -> str:
     from . import __version__
 
@@ -34,35 +54,66 @@ def engine_version() -> str:
 
 
 def describe(sources: list[dict], checkpoint: Checkpoint, method: str, group_size: int, bits: int,
-             digests: dict[str, str]) -> dict:
-    """The provenance of one twin.
-
-    `twin.id` depends on the source's bytes, the method and the group size, but not on the bits: two
-    checkpoints with one id come from one source in one way.
-    """
-    types = collections.Counter(tensor.type for tensor in checkpoint.tensors.values())
-    identity = "\n".join([*(s["sha256"] for s in sources), method, str(group_size)])
-    return {
+             tensors: dict[str, str], files: dict[str, str]) -> dict:
+    """The provenance of one twin; tensors, files: {name: sha256}."""
+    said = {
         "format": FORMAT,
         "engine": {"name": "pyengine", "version": engine_version()},
         "seed": SEED,
-        "source": {"files": sources, "tensor_types": dict(sorted(types.items()))},
+        "source": {"files": sources, "tensor_types": tensor_types(checkpoint)},
         "method": method,
         "group_size": group_size,
         "bits": bits,
-        "twin": {"id": hashlib.sha256(identity.encode()).hexdigest(), "kind": f"int{bits}"},
-        "tensors": {name: {"sha256": digest} for name, digest in digests.items()},
+        "twin": {"id": twin_id(sources, method, group_size), "kind": f"int{bits}"},
+        "tensors": {name: {"sha256": digest} for name, digest in tensors.items()},
+        "files": {name: {"sha256": digest} for name, digest in files.items()},
     }
+    return said | {"sha256": own_digest(said)}
+
+
+def tensor_types(checkpoint: Checkpoint) -> dict[str, int]:
+    types = collections.Counter(tensor.type for tensor in checkpoint.tensors.values())
+    return dict(sorted(types.items()))
+
+
+def twin_id(sources: list[dict], method: str, group_size: int) -> str:
+    identity = "\n".join([*(s["sha256"] for s in sources), method, str(group_size)])
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def own_digest(said: dict) -> str:
+    """What its field sha256 should be."""
+    rest = {field: value for field, value in said.items() if field != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read(directory) -> dict:
     """The provenance of a checkpoint directory.  FileFormatError if it has none that can be read."""
     path = Path(directory) / FILE_NAME
     said = read_json(path)
-    for field, kind in (("format", str), ("source", dict), ("twin", dict), ("tensors", dict),
-                        ("method", str), ("group_size", int), ("bits", int)):
-        if not isinstance(said.get(field), kind):
-            raise FileFormatError(path, field, f"want {kind.__name__}, got {said.get(field)!r}")
-    if said["format"] != FORMAT:
+    _check_fields(path, "", said, _FIELDS)
+    if said["format"] not in (FORMAT, *OLDER_FORMATS):
         raise FileFormatError(path, "format", f"want {FORMAT!r}, got {said['format']!r}")
+    if said["format"] == FORMAT:
+        _check_fields(path, "", said, {"files": dict, "sha256": str})
+    _check_fields(path, "engine.", said["engine"], {"name": str, "version": str})
+    _check_fields(path, "source.", said["source"], {"files": list, "tensor_types": dict})
+    _check_fields(path, "twin.", said["twin"], {"id": str, "kind": str})
+    for i, file in enumerate(said["source"]["files"]):
+        file = file if isinstance(file, dict) else {}
+        _check_fields(path, f"source.files[{i}].", file, {"name": str, "size": int, "sha256": str})
+    for part in ("tensors", "files"):
+        for name, entry in said.get(part, {}).items():
+            entry = entry if isinstance(entry, dict) else {}
+            _check_fields(path, f"{part}.{name}.", entry, {"sha256": str})
     return said
+
+
+_FIELDS = {"format": str, "engine": dict, "seed": int, "source": dict, "method": str,
+           "group_size": int, "bits": int, "twin": dict, "tensors": dict}
+
+
+def _check_fields(path, where, said, kinds):
+    for field, kind in kinds.items():
+        if not isinstance(said.get(field), kind):
+            raise FileFormatError(path, where + field, f"want {kind.__name__}, got {said.get(field)!r}")

@@ -14,15 +14,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass, field
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
 
 from . import hf, ops, provenance
 from .checkpoint import Checkpoint, Spec, Tensor, model_specs, open_checkpoint
-from .codes import GROUP, LARGEST, SCALES, pack_int4, to_bfloat16
+from .codes import GROUP, LARGEST, SCALES, to_bfloat16
 from .decoder.linear import as_matrix
 from .errors import CheckpointError, InputError
 from .files.safetensors import SafetensorsFile, SafetensorsWriter
@@ -31,6 +34,7 @@ from .tokenizer import export_tokenizer
 
 SHARD_BYTES = 4 << 30
 PIECE_BYTES = 8 << 20  # codes computed at a time
+PIECES_BEHIND = 8  # at most, computed and not yet written
 
 
 # ---- what is written -------------------------------------------------------------------------
@@ -105,6 +109,12 @@ def shard_names(count: int) -> list[str]:
 # ---- a twin being written --------------------------------------------------------------------
 
 
+METHODS = {  # as the provenance says them
+    "absmax": "symmetric, absmax / largest code as float16, nearest code, ties to even",
+    "mse": "symmetric, float16 scale of least squared error, nearest code, ties to even",
+}
+
+
 @dataclass
 class Options:
     """What decides the bytes, beside the source."""
@@ -115,9 +125,7 @@ class Options:
 
     @property
     def method(self) -> str:
-        return {"absmax": "symmetric, absmax / largest code as float16, nearest code, ties to even",
-                "mse": "symmetric, float16 scale of least squared error, nearest code, ties to even",
-                }[self.scale]
+        return METHODS[self.scale]
 
 
 class Twin:
@@ -201,9 +209,10 @@ class Twin:
             "pad_token_id": config.pad_token_id, "do_sample": False})
         _copy_tokenizer(checkpoint, directory)
         digests = {tensor: self.digests[name][tensor] for tensor, name in weight_map.items()}
-        _write_json(directory / provenance.FILE_NAME, provenance.describe(
-            sources, checkpoint, options.method, options.group_size, self.bits, digests))
         (directory / _LOG).unlink(missing_ok=True)
+        _write_json(directory / provenance.FILE_NAME, provenance.describe(
+            sources, checkpoint, options.method, options.group_size, self.bits, digests,
+            provenance.digests_of_files(directory)))
         directory.rename(self.directory)
 
 
@@ -260,32 +269,79 @@ def _write_json(path: Path, value) -> None:
 # ---- the pass --------------------------------------------------------------------------------
 
 
+class _Behind:
+    """Runs calls in their order on a thread of its own, a few behind the caller.
+
+    What a call raises is raised by the next one, or by `wait`; those between are not made.
+    """
+
+    def __init__(self):
+        self._executor, self._pending, self._failed = ThreadPoolExecutor(1), deque(), False
+
+    def __call__(self, function, *arguments) -> None:
+        if len(self._pending) == PIECES_BEHIND:
+            self._pending.popleft().result()
+        self._pending.append(self._executor.submit(self._run, function, arguments))
+
+    def wait(self) -> None:
+        while self._pending:
+            self._pending.popleft().result()
+
+    def stop(self) -> None:
+        """Make no more calls, and be sure that none is being made."""
+        self._failed = True
+        self._executor.shutdown()
+
+    def _run(self, function, arguments):
+        if self._failed:
+            return
+        try:
+            function(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
+
+
 class Pass:
-    """Reads each parameter once and hands every twin its codes."""
+    """Reads each parameter once and hands every twin its codes.
+
+    The twins' files are hashed and written by another thread meanwhile.
+    """
 
     def __init__(self, pool: ops.Pool, options: Options, advance):
         self.pool, self.options, self.advance = pool, options, advance
 
     def run(self, twins: list[Twin]) -> None:
+        self.behind = _Behind()
+        try:
+            self._run(twins)
+            self.behind.wait()
+        finally:
+            self.behind.stop()
+
+    def _run(self, twins: list[Twin]) -> None:
         for units in zip(*(twin.units for twin in twins)):
             wanted = [(twin, unit) for twin, unit in zip(twins, units) if twin.wants(unit)]
             for twin, unit in zip(twins, units):
                 if not twin.wants(unit):
                     self.advance(sum(entry.nbytes for entry in unit))
             for twin, unit in wanted:
-                twin.begin(unit)
+                self.behind(twin.begin, unit)
             if wanted:
                 self._parameter(wanted)
             for twin, unit in wanted:
-                twin.end(unit)
+                self.behind(twin.end, unit)
+
+    def _write(self, twin: Twin, name: str, array: np.ndarray) -> None:
+        self.behind(twin.write, name, array)
+        self.advance(array.nbytes)
 
     def _parameter(self, wanted) -> None:
         _, unit = wanted[0]
         if len(unit) == 1:
             for values in self._plain_values(unit[0]):
                 for twin, (entry,) in wanted:
-                    twin.write(entry.name, values)
-                    self.advance(values.nbytes)
+                    self._write(twin, entry.name, values)
             return
         experts = range(unit[0].shape[0]) if len(unit[0].shape) == 3 else [None]
         scales = {twin: [] for twin, _ in wanted}
@@ -294,8 +350,7 @@ class Pass:
                 scales[twin].append(of_expert)
         for twin, (_, entry) in wanted:
             for of_expert in scales[twin]:
-                twin.write(entry.name, of_expert)
-                self.advance(of_expert.nbytes)
+                self._write(twin, entry.name, of_expert)
 
     def _expert(self, wanted, expert) -> dict[Twin, np.ndarray]:
         """Writes the codes of one matrix; -> its scales [n_groups, rows] for each twin."""
@@ -304,23 +359,16 @@ class Pass:
             rows, cols = tensor.shape[-2:]
             step = max(1, PIECE_BYTES // cols)
             for start in range(0, rows, step):
+                stop = min(start + step, rows)
                 for twin, (codes_entry, _) in wanted:
-                    codes, scales = self._quantize(tensor, expert, start, min(start + step, rows),
-                                                   twin.largest)
+                    codes, scales = quantize_rows(self.pool, tensor, expert, start, stop,
+                                                  twin.largest, self.options)
                     if twin.bits == 4:
-                        codes = pack_int4(codes)
-                    twin.write(codes_entry.name, codes)
-                    self.advance(codes.nbytes)
+                        with self.pool.lock:
+                            codes = ops.pack_int4(self.pool, codes)
+                    self._write(twin, codes_entry.name, codes)
                     parts[twin].append(scales)
         return {twin: np.ascontiguousarray(np.concatenate(part).T) for twin, part in parts.items()}
-
-    def _quantize(self, tensor: Tensor, expert, start, stop, largest):
-        try:
-            return ops.quantize_weights(self.pool, as_matrix(tensor, expert), tensor.row_order,
-                                        tensor.col_order, start, stop, largest,
-                                        self.options.group_size, self.options.scale)
-        except ops.NonFiniteError:
-            raise _name_nonfinite(tensor, expert, start, stop, self.options.group_size) from None
 
     def _plain_values(self, entry: Entry):
         """The tensor's bytes, piece by piece: bfloat16 as uint16, or float32."""
@@ -336,6 +384,22 @@ class Pass:
             values = tensor.rows_float32(None, start, min(start + step, rows))
             _check_finite(values, tensor)
             yield to_bfloat16(values)
+
+
+def quantize_rows(pool: ops.Pool, tensor: Tensor, expert: int | None, start: int, stop: int,
+                  largest: int, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [start, stop), in Hugging Face's order, of a matrix or of one expert's -> codes int8
+    [rows, cols], scales float16 [rows, n_groups].
+
+    Errors: CheckpointError naming the row and group of a value that is not finite, or too great.
+    """
+    try:
+        with pool.lock:
+            return ops.quantize_weights(pool, as_matrix(tensor, expert), tensor.row_order,
+                                        tensor.col_order, start, stop, largest, options.group_size,
+                                        options.scale)
+    except ops.NonFiniteError:
+        raise _name_nonfinite(tensor, expert, start, stop, options.group_size) from None
 
 
 def _check_finite(values, tensor):
@@ -364,12 +428,13 @@ def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: st
     """Write the INT8 and / or INT4 checkpoint of a GGUF or a Hugging Face directory.
 
     int8, int4   new directories, written whole or not at all
-    group_size   columns that share a scale; the locked arithmetic runs groups of 128
+    group_size   columns that share a scale, an even number; the locked arithmetic runs groups of 128
+                 only, float64 and transformers run any
     scale        "absmax", or "mse": the float16 scale of least squared error
     Errors: InputError (an option, a destination that exists), FileFormatError or CheckpointError of
     the source, naming tensor, row and group of a value that is not finite.
     """
-    options = _checked_options(group_size, scale, shard_bytes)
+    options = checked_options(group_size, scale, shard_bytes)
     wanted = [(bits, Path(directory)) for bits, directory in ((8, int8), (4, int4))
               if directory is not None]
     _check_destinations([directory for _, directory in wanted])
@@ -379,10 +444,15 @@ def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: st
         for twin in twins:
             twin.prepare()
         total = sum(twin.nbytes for twin in twins) + checkpoint.file.size
-        with progress(total, "quantize") as bar:
-            Pass(ops.Pool(threads), options, bar.update).run(twins)
-            sources = [provenance.describe_file(path, bar.update)
-                       for path in checkpoint.source_files]
+        with progress(total, "quantize") as bar, ThreadPoolExecutor(1) as beside:
+            # What the pass reads is in memory for a while: so near it, the hash is no second reading.
+            stop = Event()
+            hashing = beside.submit(_describe_sources, checkpoint, bar.update, stop)
+            try:
+                Pass(ops.Pool(threads), options, bar.update).run(twins)
+                sources = hashing.result()
+            finally:
+                stop.set()
         for twin in twins:
             twin.finish(checkpoint, options, sources)
     except (KeyboardInterrupt, OSError):  # a disk that is full, a user who will come back
@@ -395,7 +465,16 @@ def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: st
         raise
 
 
-def _checked_options(group_size, scale, shard_bytes) -> Options:
+def _describe_sources(checkpoint: Checkpoint, advance, stop: Event) -> list[dict]:
+    def step(nbytes):
+        if stop.is_set():
+            raise InterruptedError
+        advance(nbytes)
+
+    return [provenance.describe_file(path, step) for path in checkpoint.source_files]
+
+
+def checked_options(group_size, scale, shard_bytes=SHARD_BYTES) -> Options:
     if not isinstance(group_size, int) or not 2 <= group_size <= 1 << 20 or group_size % 2:
         raise InputError(f"group size: want an even number from 2 on, got {group_size!r}")
     if scale not in SCALES:

@@ -153,6 +153,51 @@ static uint16_t random_half(void)
     return (uint16_t)(magnitude | random_int(0, 1) << 15);
 }
 
+static uint16_t *halves(int64_t n)
+{
+    uint16_t *x = array((size_t)n * sizeof *x, 0);
+    for (int64_t i = 0; i < n; i++)
+        x[i] = random_half();
+    return x;
+}
+
+/* n - 1, ..., 0 */
+static int64_t *reversed(int64_t n)
+{
+    int64_t *order = array((size_t)n * sizeof *order, 0);
+    for (int64_t i = 0; i < n; i++)
+        order[i] = n - 1 - i;
+    return order;
+}
+
+/* Halves of small integers times a scale, which the greatest of them, largest times it, gives back; some
+ * an ulp away, so that their quotient in float32 is a half and their exact one is not. */
+static void make_ties(float *x, int64_t n, int32_t largest)
+{
+    const float scale = 1.0f + (float)random_int(0, 1023) * 0x1p-10f; /* a float16: products are exact */
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        x[i] = scale * (i % 32 ? (float)random_int(-2 * largest, 2 * largest) * 0.5f : (float)largest);
+        memcpy(&bits, x + i, sizeof bits);
+        if (i % 32 && bits & 0x7fffffffu)
+            bits -= (uint32_t)random_int(0, 1);
+        memcpy(x + i, &bits, sizeof bits);
+    }
+}
+
+/* Floats as random_row draws them, which as they are want a scale beyond float16; others stay. */
+static void divide_by_16(int32_t type, void *data, int64_t n)
+{
+    float *f = data;
+    uint16_t *h = data;
+    for (int64_t i = 0; i < n; i++) {
+        if (type == PE_F32)
+            f[i] *= 0x1p-4f;
+        else if (type == PE_BF16)
+            h[i] -= 4 << 7; /* of the exponent */
+    }
+}
+
 /* From 2^-20 to 2^20. */
 static uint16_t random_bf16(void)
 {
@@ -394,6 +439,17 @@ static int32_t attention(pe_pool *pool, int index)
                         0.125f, output(tokens * heads * n));
 }
 
+static int32_t attention_f16(pe_pool *pool, int index)
+{
+    const int64_t start = random_int(0, 40), tokens = 1 + index % 5, kv_heads = 1 + index % 3;
+    const int64_t heads = kv_heads * random_int(1, 3), n = length(index);
+    const int64_t cache = (start + tokens) * kv_heads * n;
+    const float *query = input(tokens * heads * n, 1);
+    const uint16_t *key_cache = halves(cache), *value_cache = halves(cache);
+    return pe_attention_f16(pool, query, key_cache, value_cache, start, tokens, heads, kv_heads, n,
+                            0.125f, output(tokens * heads * n));
+}
+
 static int32_t router(pe_pool *pool, int index)
 {
     const int64_t tokens = 1 + index % 9, experts = length(index);
@@ -430,6 +486,58 @@ static int32_t experts(pe_pool *pool, int index)
                       output(tokens * hidden), &trace);
 }
 
+/* Every source type, with and without reordering; groups of every size, the last one often short.
+ * Every other F32 case has ties and their neighbours. */
+static int32_t quantize_weights(pe_pool *pool, int index, int32_t largest, int32_t method)
+{
+    static const int32_t types[] = {PE_F32, PE_F16, PE_BF16, PE_Q8_0};
+    static const int64_t sizes[] = {128, 32, 2, 46, 1000};
+    const int32_t type = types[index % 4];
+    const int64_t rows = random_int(1, 20), cols = allowed_cols(type, length(index));
+    const int64_t group = sizes[index % 5], groups = (cols + group - 1) / group;
+    const int64_t row0 = random_int(0, rows - 1), row1 = random_int(row0 + 1, rows);
+    const pe_matrix w = random_stack(type, 2, rows, cols);
+    const int64_t *row_order = index % 3 ? reversed(rows) : NULL;
+    const int64_t *col_order = index % 2 ? reversed(cols) : NULL;
+    if (type == PE_F32 && index % 8)
+        make_ties((float *)w.data, 2 * rows * cols, largest);
+    else
+        divide_by_16(type, (void *)w.data, 2 * rows * cols);
+    int8_t *codes = array((size_t)((row1 - row0) * cols), 1);
+    uint16_t *scales = array((size_t)((row1 - row0) * groups) * sizeof *scales, 1);
+    return pe_quantize_weights(pool, &w, index % 2, row_order, col_order, row0, row1, largest, group,
+                               method, codes, scales);
+}
+
+static int32_t weights_int8(pe_pool *pool, int index)
+{
+    return quantize_weights(pool, index, 127, PE_SCALE_ABSMAX);
+}
+
+static int32_t weights_int4(pe_pool *pool, int index)
+{
+    return quantize_weights(pool, index, 7, PE_SCALE_ABSMAX);
+}
+
+static int32_t weights_int8_mse(pe_pool *pool, int index)
+{
+    return quantize_weights(pool, index, 127, PE_SCALE_MSE);
+}
+
+static int32_t weights_int4_mse(pe_pool *pool, int index)
+{
+    return quantize_weights(pool, index, 7, PE_SCALE_MSE);
+}
+
+static int32_t pack_int4(pe_pool *pool, int index)
+{
+    const int64_t n = index == 9 ? 200000 : length(index);
+    int8_t *codes = array((size_t)(2 * n), 0);
+    for (int64_t i = 0; i < 2 * n; i++)
+        codes[i] = (int8_t)random_int(-8, 7);
+    return pe_pack_int4(pool, codes, n, array((size_t)n, 1));
+}
+
 static const struct {
     const char *name;
     int32_t (*run)(pe_pool *pool, int index);
@@ -457,8 +565,14 @@ static const struct {
     {"causal_conv1d", causal_conv1d, 96},
     {"delta_rule", delta_rule, 80},
     {"attention", attention, 80},
+    {"attention_f16", attention_f16, 80},
     {"router", router, 90},
     {"experts", experts, 36},
+    {"weights INT8", weights_int8, 120},
+    {"weights INT4", weights_int4, 120},
+    {"weights INT8 mse", weights_int8_mse, 60},
+    {"weights INT4 mse", weights_int4_mse, 60},
+    {"pack_int4", pack_int4, 40},
 };
 
 #define N_OPERATIONS ((int)(sizeof operations / sizeof operations[0]))

@@ -10,13 +10,13 @@ PACKAGE = Path(__file__).parent.parent / "pyengine"
 # A module may import modules of its own floor or of a lower one.
 FLOORS = [
     {"errors", "progress", "ids", "figure", "_core", "models", "hf"},
-    {"files", "codes"},
+    {"files", "codes", "names"},
     {"config", "ops"},
     {"checkpoint", "tokenizer", "provenance"},
     {"decoder"},
     {"reference", "sampling", "trace"},
     {"model", "quantize", "verify", "generate", "memory"},
-    {"verify_files", "testing", "export", "perplexity"},
+    {"verify_files", "testing", "export", "perplexity", "quality"},
     {"bench"},
     {"demo"},
     {"cli"},

@@ -1,5 +1,8 @@
 """Names, shapes, dtypes and head order; what is missing, unknown or not finite is named."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as T
@@ -7,8 +10,10 @@ from rewrite import GOLDEN, rewrite
 
 from pyengine.checkpoint import Tensor, open_checkpoint
 from pyengine.codes import unpack_int4
-from pyengine.errors import CheckpointError, InputError
+from pyengine.errors import CheckpointError, InputError, PyengineError
 from pyengine.files.gguf import GGUF
+from pyengine.files.safetensors import SafetensorsDirectory, SafetensorsWriter
+from pyengine.names import nearest_name
 from pyengine.quantize import quantize
 
 PLAIN = GOLDEN / "pattern31.gguf"
@@ -156,3 +161,101 @@ def test_int4_nibbles():
 def test_no_such_path():
     with pytest.raises(InputError, match="want a GGUF file or a checkpoint directory"):
         open_checkpoint("/no/such/file")
+
+
+# ---- names that differ -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, misspelt", [
+    ("token_embd.weight", "token_embed.weight"),
+    ("blk.2.attn_norm.weight", "blk.2.attn_nrm.weight"),
+    ("blk.1.ssm_a", "blk.1.ssm_a.weight"),
+    ("blk.3.attn_k.weight", "blk.3.self_attn_k.weight"),
+    ("blk.0.ffn_down_exps.weight", "blk.0.ffn_down_experts.weight"),
+])
+def test_a_misspelt_name_in_a_gguf_is_reported_with_its_likeness(tmp_path, name, misspelt):
+    tensor = GGUF.open(PLAIN).tensors[name]
+    path = rewrite(PLAIN, tmp_path / "x.gguf", drop=[name],
+                   tensors={misspelt: (tensor.data.copy(), tensor.type)})
+    with pytest.raises(PyengineError) as caught:
+        open_checkpoint(path)
+    assert str(caught.value) == (f"{path}: {name}: want this tensor, got none; nearest unknown name in "
+                                 f"the file: {misspelt}")
+    added = rewrite(PLAIN, tmp_path / "y.gguf", tensors={misspelt: (tensor.data.copy(), tensor.type)})
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(added)
+    assert f"{misspelt}: want only tensors" in str(caught.value)
+    assert str(caught.value).endswith(f"; nearest known name: {name}")
+
+
+def renamed(directory, changes):
+    """The directory's tensors under other names; a file's layout is as it was."""
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:8 + length])
+    header = {changes.get(name, name): entry for name, entry in header.items()}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length:])
+    return directory
+
+
+LAYER = "model.layers.1"
+
+
+@pytest.mark.parametrize("bits, name, misspelt", [
+    (8, f"{LAYER}.mlp.experts.gate_up_proj_scale_q8", f"{LAYER}.mlp.experts.gate_up_proj_q8_scale"),
+    (8, f"{LAYER}.mlp.gate.weight_scale_i8", f"{LAYER}.mlp.gate.weight_scales_i8"),
+    (4, f"{LAYER}.mlp.shared_expert.up_proj.weight_scale_i4",
+     f"{LAYER}.mlp.shared_expert.up_proj.scale_i4"),
+    (8, "model.norm.weight", "model.final_norm.weight"),
+    (4, "model.embed_tokens.weight", "model.tok_embeddings.weight"),
+])
+def test_a_misspelt_name_in_a_directory_is_reported_with_its_likeness(tmp_path, bits, name, misspelt):
+    quantize(GOLDEN / "nextn.gguf", **{f"int{bits}": tmp_path / "out"})
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(renamed(tmp_path / "out", {name: misspelt}))
+    assert name in str(caught.value) and "got none" in str(caught.value)
+    assert str(caught.value).endswith(f"; nearest unknown name in the file: {misspelt}")
+
+
+@pytest.mark.parametrize("codes", ["weight_int8", "weight_q8", "qweight"])
+def test_misspelt_codes_are_not_taken_for_floats_that_are_missing(tmp_path, codes):
+    quantize(GOLDEN / "nextn.gguf", tmp_path / "out")
+    stem = "model.layers.1.self_attn.k_proj"
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(renamed(tmp_path / "out", {f"{stem}.weight_i8": f"{stem}.{codes}"}))
+    assert f"{stem}.weight, .weight_i8 or .weight_i4: want one of these tensors, got none" in str(
+        caught.value)
+    assert f"in the file: {stem}.{codes}" in str(caught.value)
+
+
+def test_an_unknown_name_in_a_directory_is_reported_with_the_nearest(tmp_path):
+    quantize(GOLDEN / "nextn.gguf", tmp_path / "out")
+    name, other = "model.layers.1.input_layernorm.weight", "model.layers.7.input_layernorm.weights"
+    source = SafetensorsDirectory.open(tmp_path / "out").tensors[name]
+    with SafetensorsWriter(tmp_path / "out" / "more.safetensors", [(other, "F32", source.shape)]) as more:
+        more.write(other, source.data)
+    os.replace(tmp_path / "out" / "model.safetensors", tmp_path / "out" / "first.safetensors")
+    tensors = {n: "first.safetensors" for n in json.loads(
+        (tmp_path / "out" / "noesis_provenance.json").read_text())["tensors"]}
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": tensors | {other: "more.safetensors"}}))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path / "out")
+    assert f"{other}: want only tensors that the model has" in str(caught.value)
+    assert str(caught.value).endswith("nearest known name: model.layers.0.input_layernorm.weight")
+
+
+def test_nearest_name():
+    names = ["model.layers.0.mlp.gate.weight", "model.layers.11.mlp.gate.weight", "lm_head.weight"]
+    assert nearest_name("model.layers.11.mlp.gates.weight", names) == names[1]
+    assert nearest_name("model.layers.7.mlp.gates.weight", names) == names[0]
+    assert nearest_name("lm_heads.weight", names) == names[2]
+    assert nearest_name("vision.patch_embed", names) is None and nearest_name("x", []) is None
+
+
+def test_a_name_like_no_other_has_no_hint(tmp_path):
+    path = rewrite(PLAIN, tmp_path / "x.gguf", tensors={"zzz": (np.zeros(8, np.float32), T.F32)})
+    with pytest.raises(CheckpointError, match="zzz: want only tensors .* got this one$"):
+        open_checkpoint(path)

@@ -173,9 +173,19 @@ def test_shards_give_the_same_tensors(exported, tmp_path):
 
 def test_groups_of_128_stay_where_they_divide():
     scales = np.random.default_rng(1729).random((16, 5)).astype(np.float16)
-    assert np.array_equal(scales_of_groups(scales, 2048, 128), scales.T)
-    last = scales_of_groups(scales[:2], 192, 64)  # one group of 128, and half a one
+    assert np.array_equal(scales_of_groups(scales, 2048, 128, 128), scales.T)
+    last = scales_of_groups(scales[:2], 192, 128, 64)  # one group of 128, and half a one
     assert np.array_equal(last, scales[[0, 0, 1]].T)
+
+
+@pytest.mark.parametrize("group", [32, 64, 256])
+def test_other_groups_give_the_same_values(tmp_path, group):
+    quantize(GOLDEN / "nextn.gguf", tmp_path / "int8", group_size=group)
+    export_compressed_tensors(tmp_path / "int8", tmp_path / "packed")
+    got = unpacked_by_numpy(tensors_of(tmp_path / "packed"), weights_args(tmp_path / "packed"))
+    want = values_of_source(tmp_path / "int8")
+    assert set(got) == set(want)
+    assert all(np.array_equal(got[name].reshape(want[name].shape), want[name]) for name in want)
 
 
 # ---- what is refused -------------------------------------------------------------------------
@@ -185,6 +195,13 @@ def test_columns_without_a_group_are_refused_and_nothing_is_written(tmp_path):
     quantize(GOLDEN / "tied.gguf", tmp_path / "int8")
     message = r"o_proj.weight_i8: want a multiple of 32 columns.*got 48"
     with pytest.raises(CheckpointError, match=message):
+        export_compressed_tensors(tmp_path / "int8", tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["int8"]
+
+
+def test_groups_that_the_layout_lacks_are_refused(tmp_path):
+    quantize(GOLDEN / "nextn.gguf", tmp_path / "int8", group_size=48)
+    with pytest.raises(CheckpointError, match="want groups of a multiple of 32 columns, got 48"):
         export_compressed_tensors(tmp_path / "int8", tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
 

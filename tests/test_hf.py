@@ -129,6 +129,16 @@ def test_float64_logits_are_pyengines(twins, twin):
     assert (got.astype(np.float32) != want).sum() <= 1
 
 
+@pytest.mark.parametrize("name, group, bits", [("pattern31", 32, 8), ("tied", 20, 4)])
+def test_groups_of_another_size(tmp_path, name, group, bits):
+    quantize(GOLDEN / f"{name}.gguf", **{f"int{bits}": tmp_path / "out"}, group_size=group)
+    model, info = load(tmp_path / "out", dtype=torch.float64, output_loading_info=True)
+    assert not any(info.values()), info
+    with Float64Mode():
+        got = logits(model).numpy().astype(np.float32)
+    assert (got != pyengine.load(tmp_path / "out", "float64").forward(IDS)).sum() <= 1
+
+
 def test_an_unknown_option_is_refused(twins):
     for option in ({"pyengine_dequantize": "best"}, {"pyengine_bits": 5}):
         with pytest.raises(ValueError, match="want"):

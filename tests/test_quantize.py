@@ -14,8 +14,9 @@ from rewrite import GOLDEN, rewrite, split_gguf
 import pyengine
 from pyengine import ops
 from pyengine.checkpoint import Tensor, model_specs, open_checkpoint
-from pyengine.codes import GROUP, quantize_groups, to_bfloat16
-from pyengine.errors import CheckpointError, InputError
+from pyengine.cli import main
+from pyengine.codes import GROUP, pack_int4, quantize_groups, to_bfloat16, unpack_int4
+from pyengine.errors import CheckpointError, InputError, PyengineError
 from pyengine.files.gguf import GGUF
 from pyengine.files.safetensors import SafetensorsWriter
 from pyengine.quantize import Pass, Twin, quantize
@@ -244,6 +245,42 @@ def test_options_are_checked(tmp_path, monkeypatch, options, message):
     assert not list(tmp_path.iterdir())
 
 
+# ---- groups of another size ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, group", [("pattern31", 32), ("tied", 48), ("nextn", 256)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_other_groups_run_in_float64_only(tmp_path, capsys, name, group, bits):
+    directory = tmp_path / "out"
+    quantize(GOLDEN / f"{name}.gguf", **{f"int{bits}": directory}, group_size=group)
+    before, after = open_checkpoint(GOLDEN / f"{name}.gguf").tensors, open_checkpoint(directory).tensors
+    for key, tensor in after.items():
+        if tensor.type in ("INT8", "INT4"):
+            x = before[key].float64().astype(np.float32).reshape(-1, tensor.shape[-1])
+            codes, scales = quantize_groups(x, 127 if bits == 8 else 7, group)
+            values = codes * np.repeat(scales.astype(np.float64), group, axis=1)[:, : x.shape[1]]
+            assert np.array_equal(tensor.float64().reshape(x.shape), values), key
+    ids = [1, 2, 3]
+    got, source = (pyengine.load(p, "float64").forward(ids)
+                   for p in (directory, GOLDEN / f"{name}.gguf"))
+    assert np.corrcoef(got.ravel(), source.ravel())[0, 1] > (0.999 if bits == 8 else 0.8)
+    assert main(["logits", "-m", str(directory), "--ids", "1", "-o", str(tmp_path / "x.npy")]) == 2
+    error = capsys.readouterr().err
+    assert f"want groups of 128 columns, which the locked arithmetic has, got {group}" in error
+    assert error.count("\n") == 1 and not (tmp_path / "x.npy").exists()
+
+
+@pytest.mark.parametrize("said, message", [
+    (64, r"want \(1, 256\) F16"), (0, "pyengine_group_size: want a positive integer, got 0"),
+    ("128", "want a positive integer, got '128'"), (True, "want a positive integer")])
+def test_a_group_size_that_the_tensors_do_not_have_is_refused(tmp_path, said, message):
+    quantize(PLAIN, tmp_path / "out", group_size=32)
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pyengine_group_size": said}))
+    with pytest.raises(PyengineError, match=message):
+        open_checkpoint(tmp_path / "out")
+
+
 # ---- the C core against the definition -------------------------------------------------------
 
 
@@ -263,12 +300,39 @@ def test_the_c_core_gives_the_definitions_bits(x, largest, scale, group):
 POOL = ops.Pool(2)
 
 
+@pytest.mark.parametrize("rows, cols", [(1, 2), (15, 30), (3, 99_998)])  # one part, and several
+def test_the_c_core_packs_as_the_definition_does(rows, cols):
+    pairs = np.stack(np.meshgrid(np.arange(-7, 8), np.arange(-7, 8)), axis=-1).astype(np.int8)
+    codes = np.resize(pairs, (rows, cols))
+    assert np.array_equal(ops.pack_int4(POOL, codes), pack_int4(codes))
+    assert np.array_equal(unpack_int4(ops.pack_int4(POOL, codes)), codes)
+    with pytest.raises(InputError, match="even number of columns"):
+        ops.pack_int4(POOL, np.zeros((2, 3), np.int8))
+
+
 def test_every_float16_scale_comes_out_of_its_own_maximum():
     scales = np.arange(0x0400, 0x7C00, dtype=np.uint16).view(np.float16)
     x = (scales.astype(np.float32) * np.float32(127))[:, None]
     codes, again = ops.quantize_weights(POOL, ops.Matrix("F32", 1, x), None, None, 0, len(x), 127, 128,
                                         "absmax")
     assert np.array_equal(again[:, 0], scales) and (codes == 127).all()
+
+
+def test_the_ties_of_every_scale_and_their_neighbours(each_isa):
+    """All there are: the codes must not depend on how exactly a level divides."""
+    scales = np.arange(0x0400, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)[:, None]
+    for largest in (127, 7):
+        j = np.arange(largest)
+        ties = scales * (j.astype(np.float32) + np.float32(0.5))  # exact
+        below, above = np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))
+        x = np.concatenate([scales * np.float32(largest), below, ties, above], axis=1)
+        wanted = np.concatenate([[largest], j, j + j % 2, j + 1])
+        for sign in (1, -1):
+            matrix = ops.Matrix("F32", x.shape[1], np.float32(sign) * x)
+            codes, got = ops.quantize_weights(POOL, matrix, None, None, 0, len(x), largest, x.shape[1],
+                                              "absmax")
+            assert np.array_equal(got.astype(np.float32), scales)
+            assert (codes == sign * wanted).all()
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])

@@ -21,10 +21,10 @@ from pyengine.checkpoint import Tensor
 from pyengine.codes import encode, group_scales, pack_int4, quantize_groups, unpack_int4
 from pyengine.errors import CheckpointError, InputError
 from pyengine.files.safetensors import SafetensorsDirectory, SafetensorsWriter
-from pyengine.quantize import Options, Pass
+from pyengine.quantize import Options, quantize_rows
 from pyengine.testing import PROPERTIES, Format, check_quantizer, strategies, suite
 from pyengine.testing.properties import q8_0_values
-from pyengine.verify_files import verify_files
+from pyengine.verify_files import verify_tensors
 
 ALL = range(1, 22)
 
@@ -40,15 +40,14 @@ def dequantizer(group):
 
 def pipeline(largest, group, kind="F32"):
     """What `pyengine quantize` does with one matrix: errors by name, the C core, its threads."""
-    run = Pass(ops.Pool(2), Options(group_size=group), lambda nbytes: None)
+    pool, options = ops.Pool(2), Options(group_size=group)
 
     def quantize(x):
         # Files are mapped and their rows contiguous; the core refuses anything else.
         x = np.ascontiguousarray(x)
         cols = x.shape[1] if kind == "F32" else x.shape[1] // 34 * 32
         tensor = Tensor("w", kind, (len(x), cols), x, file_name="blk.0.w")
-        with run.pool.lock:  # a pool serves one caller at a time
-            return run._quantize(tensor, None, 0, len(x), largest)
+        return quantize_rows(pool, tensor, None, 0, len(x), largest, options)
     return quantize
 
 
@@ -97,8 +96,9 @@ def file_pair(largest, group):
     """Codes and scales as a checkpoint's files; read back through `verify-files`."""
     bits, dtype = (8, "I8") if largest == 127 else (4, "U8")
     names = f"w_i{bits}", f"w_scale_i{bits}"
-    said = {"format": provenance.FORMAT, "source": {}, "twin": {}, "method": Options().method,
-            "group_size": group, "bits": bits}
+    said = {"format": provenance.FORMAT, "engine": {"name": "pyengine", "version": "0"}, "seed": 1729,
+            "source": {"files": [], "tensor_types": {}}, "method": Options().method, "group_size": group,
+            "bits": bits, "twin": {"id": "", "kind": f"int{bits}"}, "files": {}, "sha256": ""}
 
     def save(directory, codes, scales):
         arrays = codes if largest == 127 else pack_int4(codes), np.ascontiguousarray(scales.T)
@@ -111,7 +111,7 @@ def file_pair(largest, group):
         (directory / provenance.FILE_NAME).write_text(json.dumps(said | {"tensors": digests}))
 
     def load(directory):
-        faults, got = verify_files(directory), provenance.read(directory)
+        faults, got = verify_tensors(directory), provenance.read(directory)
         if faults or {key: got[key] for key in said} != said:
             raise CheckpointError(f"{directory}: {faults or got}")
         tensors = SafetensorsDirectory.open(Path(directory)).tensors
@@ -534,6 +534,29 @@ def test_compressed_tensors_int8():
                                                           zero_scale=None),
                              properties=[1, 2, 6, 8, 9, 10, 13, 15], examples=50)
     assert set(report.failures) == {1, 6, 9, 15}, f"\n{report}"
+
+
+@pytest.mark.golden
+def test_torchao_int8():
+    """It multiplies by 1 / s, which moves values an ulp from a tie; its least scale is 2^-126."""
+    torch = pytest.importorskip("torch")
+    ao = pytest.importorskip("torchao.quantization.quant_primitives")
+    block, limits = (1, 32), (torch.int8, -127, 127)
+
+    def quantize(x):
+        weights = torch.from_numpy(x.copy())
+        scales, zeros = ao.choose_qparams_affine(weights, ao.MappingType.SYMMETRIC, block, *limits)
+        codes = ao.quantize_affine(weights, block, scales, zeros, *limits)
+        return codes.numpy(), scales.reshape(len(x), -1).numpy()
+
+    def dequantize(codes, scales):
+        return ao.dequantize_affine(torch.from_numpy(codes), block, torch.from_numpy(scales), None,
+                                    *limits).numpy()
+
+    report = check_quantizer(quantize, dequantize, Format(127, 32, "float32", multiple=32,
+                                                          zero_scale=None),
+                             properties=[1, 2, 3, 5, 6, 7, 8, 9, 13, 15], examples=50)
+    assert set(report.failures) == {5, 7, 15}, f"\n{report}"
 
 
 # ---- formats other than ours -----------------------------------------------------------------

@@ -18,8 +18,8 @@ def _add_quantize(commands):
     parser.add_argument("--int8", metavar="DIR", help="a new directory")
     parser.add_argument("--int4", metavar="DIR", help="a new directory")
     parser.add_argument("--group-size", type=positive, default=128, metavar="N",
-                        help="columns that share a scale (default: 128, which the locked "
-                        "arithmetic needs)")
+                        help="columns that share a scale, an even number (default: 128; the locked "
+                        "arithmetic runs no other, float64 and transformers do)")
     parser.add_argument("--scale", choices=("absmax", "mse"), default="absmax")
     parser.add_argument("-t", "--threads", type=positive, metavar="N")
     parser.add_argument("--export", choices=("compressed-tensors",),

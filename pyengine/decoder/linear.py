@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import ops
 from ..checkpoint import Tensor
+from ..errors import CheckpointError
 from ..files.gguf import codes_q4_0
 
 
@@ -14,7 +15,11 @@ def as_matrix(tensor: Tensor, expert: int | None = None) -> ops.Matrix:
 
     Copied are only Q4_0, whose codes fit Q8_0's blocks, so that its arithmetic is Q8_0's, and
     experts that lie apart in their file, when all of them are wanted.
+    Errors: CheckpointError for scales of other groups than the C core has.
     """
+    if tensor.scales is not None and tensor.group != ops.GROUP:
+        raise CheckpointError(f"{tensor.file_name}: want groups of {ops.GROUP} columns, which the "
+                              f"locked arithmetic has, got {tensor.group} (float64 runs any)")
     data, scales, kind = tensor.data, tensor.scales, tensor.type
     if expert is not None:
         data, scales = data[expert], None if scales is None else scales[expert]

@@ -20,6 +20,7 @@ from pyengine.errors import CheckpointError, FileFormatError
 from pyengine.files.gguf import map_file
 
 MAX_HEADER_BYTES = 100_000_000
+WRITEBACK_BYTES = 64 << 20
 MAX_DIMS = 32  # also keeps the product of hostile dimensions small
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -270,6 +271,7 @@ class SafetensorsWriter:
         header, self._pending = _plan(tensors, metadata or {})
         self._pending.reverse()  # the next one is the last: pop() is cheap
         self._begin_tensor()
+        self._handed_over = 0
         self._file = open(self.partial, "wb")
         self._write_all(header)
 
@@ -340,9 +342,19 @@ class SafetensorsWriter:
     def _write_all(self, data):
         try:
             self._file.write(data)
+            self._begin_writeback()
         except OSError:  # a full disk: nobody can use half a file
             self.abort()
             raise
+
+    def _begin_writeback(self):
+        """Let the disk begin now and then: else it would all be left to the fsync at the end."""
+        end = self._file.tell()
+        if end - self._handed_over >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
+            # Linux begins to write what is dirty of these pages; they stay in memory.
+            os.posix_fadvise(self._file.fileno(), self._handed_over, end - self._handed_over,
+                             os.POSIX_FADV_DONTNEED)
+            self._handed_over = end
 
 
 def _plan(tensors, metadata):
