@@ -58,6 +58,7 @@ class Tokenizer:
 
     vocab_size   ids are 0 to vocab_size - 1; those of no token (a padded vocabulary) decode to ""
     end_ids      tuple of ids that end a text: the file's own first, then <|im_end|>, <|endoftext|>
+    special_texts  tuple of what spells a special token, longest first
     """
 
     def __init__(self, backend, vocab_size: int, end_ids=()):
@@ -67,6 +68,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._added = backend.get_added_tokens_decoder()
+        self.special_texts = tuple(sorted((t.content for t in self._added.values() if t.special),
+                                          key=len, reverse=True))
         self.vocab_size = vocab_size
         known = (backend.token_to_id(text) for text in END_TEXTS)
         self.end_ids = tuple(dict.fromkeys([*end_ids, *(i for i in known if i is not None)]))
@@ -108,7 +111,7 @@ class Tokenizer:
 
         Errors as of `from_gguf` and `from_file`; `has_tokenizer` says beforehand if there is one.
         """
-        source = _source(model)
+        source = model_source(model)
         if isinstance(source, GGUF):
             return cls.from_gguf(source)
         config = read_hf_config(source)
@@ -195,13 +198,13 @@ class TextStream:
 
 def has_tokenizer(model) -> bool:
     """Whether a model (a path, a GGUF or a Checkpoint) carries a vocabulary to read text with."""
-    source = _source(model)
+    source = model_source(model)
     if isinstance(source, GGUF):
         return TOKENS in source.metadata
     return (source / "tokenizer.json").exists()
 
 
-def _source(model) -> GGUF | Path:
+def model_source(model) -> GGUF | Path:
     """The open GGUF, or the directory, that a model is."""
     if isinstance(model, GGUF):
         return model
