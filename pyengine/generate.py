@@ -135,10 +135,12 @@ class TextModel:
         """With the checkpoint's settings where the keywords leave it open; None counts as absent."""
         given = {name: value for name, value in sampling.items() if value is not None}
         try:
-            return Sampler(**{**self.generation_settings, **given})
+            sampler = Sampler(**{**self.generation_settings, **given})
         except TypeError:
             raise InputError(f"generate: want the keywords of sampling.Sampler, got "
                              f"{', '.join(sorted(given))}") from None
+        sampler.check_vocabulary(self.config.vocab_size)
+        return sampler
 
     def _chat_prompt(self, prompt, tools, reasoning, budget, options) -> ChatPrompt | None:
         if is_messages(prompt):

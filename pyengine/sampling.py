@@ -89,6 +89,12 @@ class Sampler:
             return (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
         return self._probabilities(logits)
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """InputError: a bias for an id that such a vocabulary does not have."""
+        beyond = max(self.logit_bias, default=-1)
+        if beyond >= vocab_size:
+            raise InputError(f"logit_bias: want an id below {vocab_size}, got {beyond}")
+
     # ---- steps, in their order ----
 
     def _adjusted(self, logits) -> np.ndarray:
@@ -104,9 +110,8 @@ class Sampler:
         return logits
 
     def _bias(self, logits):
+        self.check_vocabulary(len(logits))
         for token, bias in self.logit_bias.items():
-            if token >= len(logits):
-                raise InputError(f"logit_bias: want an id below {len(logits)}, got {token}")
             logits[token] += bias
 
     def _penalize(self, logits):

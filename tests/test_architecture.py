@@ -18,7 +18,7 @@ FLOORS = [
     {"model", "quantize", "verify", "generate", "memory"},
     {"verify_files", "testing", "export", "perplexity"},
     {"bench"},
-    {"demo"},
+    {"demo", "server"},
     {"cli"},
     {"__main__", "__init__"},
 ]
