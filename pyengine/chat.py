@@ -341,7 +341,7 @@ class ThinkingText:
     def flush(self) -> tuple[str, str]:
         """The rest, when nothing follows."""
         rest, self._held, self._begun = self._held, "", True
-        return (rest.rstrip("\n"), "") if self.thinking else ("", rest)
+        return (self._trim(rest.rstrip("\n")), "") if self.thinking else ("", rest)
 
     def _begin(self, text) -> str:
         """Held back until it is known whether the answer begins with the tag."""

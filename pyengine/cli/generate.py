@@ -8,6 +8,7 @@ from .options import (
     add_model,
     load_model,
     new_command,
+    print_figures,
     sampling_options,
 )
 
@@ -41,11 +42,3 @@ def _generate(options):
     print()
     if options.verbose:
         print_figures(generation)
-
-
-def print_figures(generation):
-    import sys
-
-    print(f"prompt {generation.prompt_tokens} tokens ({generation.cached_tokens} known), "
-          f"{generation.prompt_tokens_per_second:.1f}/s; answer {generation.completion_tokens} tokens, "
-          f"{generation.tokens_per_second:.1f}/s; {generation.finish_reason}", file=sys.stderr)

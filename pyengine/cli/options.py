@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from ..errors import InputError
@@ -122,6 +123,12 @@ def read_ids_option(options):
     from ..ids import parse_ids, read_ids
 
     return parse_ids(options.ids, "--ids") if options.ids is not None else read_ids(options.ids_file)
+
+
+def print_figures(generation):
+    print(f"prompt {generation.prompt_tokens} tokens ({generation.cached_tokens} known), "
+          f"{generation.prompt_tokens_per_second:.1f}/s; answer {generation.completion_tokens} tokens, "
+          f"{generation.tokens_per_second:.1f}/s; {generation.finish_reason}", file=sys.stderr)
 
 
 def check_output(path) -> Path:
