@@ -80,8 +80,10 @@ _SAMPLING = [
 
 
 def _bias(text):
-    token, sign, bias = re.fullmatch(r"(\d+)([+-])(.+)", text).groups()
-    return int(token), float(sign + bias)
+    found = re.fullmatch(r"(\d+)([+-].+)", text)
+    if not found:
+        raise ValueError
+    return int(found[1]), float(found[2])
 
 
 _bias.__name__ = "ID(+/-)BIAS"
