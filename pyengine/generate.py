@@ -226,7 +226,10 @@ class Generation:
     prompt_tokens_per_second               of what was computed, without the cached ones
     tokens_per_second                      of the tokens after the first
     state              the model's, see `generate`
+    on_prompt          called with a number of prompt tokens whenever so many more are done; may be set
     """
+
+    on_prompt = staticmethod(lambda tokens: None)
 
     def __init__(self, model, ids, max_tokens, sampler=None, end_ids=(), stop_strings=(),
                  tokenizer=None, state=None, session=None, logprobs=0, chat=None,
@@ -346,6 +349,7 @@ class Generation:
         """-> the logits after it; None when it was cancelled."""
         session = self._session
         done = self.cached_tokens = session.begin(self._ids, self)
+        self.on_prompt(done)
         logits = session.logits
         for stop in (self._boundary, len(self._ids)):
             while done < stop:
@@ -354,6 +358,7 @@ class Generation:
                 piece = self._ids[done:min(done + PIECE, stop)]
                 logits = session.advance(piece, self)
                 done += len(piece)
+                self.on_prompt(len(piece))
             if stop and session.position == stop:
                 session.mark()
         return logits

@@ -191,10 +191,17 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("source", ESCAPES)
-def test_a_template_that_tries_to_leave_is_one_error(source):
-    with pytest.raises(FileFormatError, match="sandbox: want a template that stays inside, got") as error:
-        ChatTemplate(source, "FILE").render([user("a")])
-    assert str(error.value).startswith("FILE: ") and "\n" not in str(error.value)
+def test_a_template_that_tries_to_leave(source):
+    template, fault = chat_sandbox.compile_template(source)
+    answer = fault or chat_sandbox.render(template, [{"messages": [user("a")]}])
+    assert answer["error"] == "unsafe" and "texts" not in answer
+
+
+def test_a_try_to_leave_is_one_error():
+    with pytest.raises(FileFormatError) as error:
+        ChatTemplate("{{ ''.__class__ }}", "FILE").render([user("a")])
+    assert str(error.value) == ("FILE: sandbox: want a template that stays inside, got access to '__class__' "
+                                "of a str is unsafe")
 
 
 BOMBS = {
@@ -211,7 +218,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_that_takes_too_much_is_one_error(name, monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 0.7)
+    monkeypatch.setattr(chat, "SECONDS", 0.5)
     template = ChatTemplate("{% if x is defined %}" + BOMBS[name] + "{% endif %}{{ messages[0].content }}")
     start = time.monotonic()
     with pytest.raises((FileFormatError, InputError)) as error:

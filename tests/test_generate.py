@@ -204,6 +204,17 @@ def test_cancel_ends_it_within_the_prompt(model, monkeypatch):
     assert list(generation) == [] and pieces == [4, 4] and generation.finish_reason == "cancelled"
 
 
+def test_progress_of_a_prompt(model, monkeypatch):
+    monkeypatch.setattr("pyengine.generate.PIECE", 8)
+    session, done = model.new_session(), []
+    for ids, want in [(range(20), [0, 8, 8, 4]), (range(30), [20, 8, 2])]:
+        done.clear()
+        generation = model.generate(list(ids), 1, stream=True, session=session)
+        generation.on_prompt = done.append
+        generation.run()
+        assert done == want
+
+
 def test_pieces_of_a_prompt_change_no_bit(model, monkeypatch):
     whole = list(generate(model, list(range(20)), 4, logprobs=5))
     monkeypatch.setattr("pyengine.generate.PIECE", 3)

@@ -17,6 +17,7 @@ from .options import (
     new_command,
     print_figures,
     sampling_options,
+    show_prompt_progress,
 )
 
 HELP = """\
@@ -136,6 +137,7 @@ class Conversation:
                 self.messages, self.options.predict, stream=True, session=self.session,
                 stop=self.options.reverse_prompt, context=self.options.ctx_size, reasoning=self.reasoning,
                 reasoning_budget=self.options.reasoning_budget, **self.options.keywords)
+            show_prompt_progress(generation)
             _show(generation)
         except KeyboardInterrupt:
             print("\n(stopped)", flush=True)

@@ -10,6 +10,7 @@ from .options import (
     new_command,
     print_figures,
     sampling_options,
+    show_prompt_progress,
 )
 
 
@@ -35,6 +36,7 @@ def _generate(options):
     generation = load_model(options).generate(
         prompt, options.predict, stream=True, special=options.parse_special, stop=options.reverse_prompt,
         ignore_end=options.ignore_eos, context=options.ctx_size, **sampling_options(options))
+    show_prompt_progress(generation)
     if text:
         print(prompt, end="", flush=True)
     for token in generation:

@@ -127,6 +127,23 @@ def read_ids_option(options):
     return parse_ids(options.ids, "--ids") if options.ids is not None else read_ids(options.ids_file)
 
 
+def show_prompt_progress(generation):
+    """A bar while a long prompt is computed."""
+    from ..generate import PIECE
+    from ..progress import progress
+
+    if generation.prompt_tokens <= 2 * PIECE:
+        return
+    bar = progress(generation.prompt_tokens, "prompt", " tokens")
+
+    def advance(tokens):
+        bar.update(tokens)
+        if bar.n >= bar.total or bar.disable:
+            bar.close()
+
+    generation.on_prompt = advance
+
+
 def print_figures(generation):
     print(f"prompt {generation.prompt_tokens} tokens ({generation.cached_tokens} known), "
           f"{generation.prompt_tokens_per_second:.1f}/s; answer {generation.completion_tokens} tokens, "
