@@ -15,10 +15,10 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from .tokenizer import TEMPLATE, model_source
 
 OPEN, CLOSE = "<think>", "</think>"
 REASONING = ("auto", "on", "off")
-SECONDS = 10.0  # for a rendering
+SECONDS = 10.0  # of processor time, for a rendering
 
 
 class ChatPrompt(NamedTuple):
@@ -141,19 +141,15 @@ class ChatTemplate:
     def _ask(self, line: bytes) -> dict:
         if self._process is None:
             self._start()
-        process, start = self._process, time.monotonic()
-        timer = threading.Timer(SECONDS, process.kill)
-        timer.start()
+        process = self._process
         try:
             process.stdin.write(line)
             process.stdin.flush()
             answer = process.stdout.readline()
         except BrokenPipeError:
             answer = b""
-        finally:
-            timer.cancel()
         if not answer.endswith(b"\n"):
-            late = time.monotonic() - start >= SECONDS
+            late = process.wait() == -signal.SIGPROF
             raise FileFormatError(self.where, "rendering", "want a prompt, got " + (
                 f"none in {SECONDS:g} seconds" if late else "the end of the process that ran it"))
         return json.loads(answer)
@@ -161,7 +157,7 @@ class ChatTemplate:
     def _start(self):
         # A session of its own: Ctrl-C in the terminal is not for it.
         self._process = subprocess.Popen(
-            [sys.executable, chat_sandbox.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, chat_sandbox.__file__, str(SECONDS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, start_new_session=True)
         self._process.stdin.write(json.dumps(self.source).encode() + b"\n")
 

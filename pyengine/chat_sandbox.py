@@ -1,14 +1,16 @@
-"""Renders a chat template, as a process of its own: `python chat_sandbox.py`, started by chat.py.
+"""Renders a chat template, as a process of its own: `python chat_sandbox.py SECONDS`, by chat.py.
 
 A template is code that came with a file.  It runs in jinja2's immutable sandbox, in a process that
-has MEMORY bytes of address space and is killed when it takes too long, so that neither a loop
-without end nor a text without end can reach the engine.
+has MEMORY bytes of address space, and that the system ends (SIGPROF) when a rendering takes more than
+SECONDS of processor time, so that neither a loop without end nor a text without end reaches the
+engine.  It is processor time and no clock's: a busy machine refuses nobody.
 
 Lines of JSON: the template comes first, as a string; then each request is a list of objects, the
 variables of one rendering each, and each answer {"texts": [...]} or {"error": kind, "message": ...}.
 """
 
 import json
+import signal
 import sys
 from datetime import datetime
 
@@ -117,10 +119,13 @@ def _limit_memory():
         pass
 
 
-def main():
+def main(seconds):
     _limit_memory()
-    template, fault = compile_template(json.loads(sys.stdin.readline()))
+    source = json.loads(sys.stdin.readline())
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # nobody handles its signal: the process ends
+    template, fault = compile_template(source)
     for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         answer = fault or render(template, json.loads(line))
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
@@ -128,4 +133,4 @@ def main():
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its trace.py and others would stand before Python's own
-    main()
+    main(float(sys.argv[1]))

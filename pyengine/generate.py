@@ -193,7 +193,8 @@ def _no_prompt():
 
 
 def generate(model, ids, max_tokens: int, sampler: Sampler | None = None, end_ids=(),
-             stop_strings=(), tokenizer=None, state=None, session=None, logprobs: int = 0) -> Generation:
+             stop_strings=(), tokenizer=None, state=None, session=None,
+             logprobs: int = 0) -> Generation:
     """Continue ids [T], T >= 1, by at most max_tokens tokens -> an iterator of `Token`.
 
     model         has `forward`, `new_state` and `config`

@@ -99,7 +99,8 @@ async def _refused(request, error: Refusal):
 
 
 async def _http_error(request, error):
-    return _json(Refusal(f"{request.method} {request.url.path}: {error.detail}").body, error.status_code)
+    refusal = Refusal(f"{request.method} {request.url.path}: {error.detail}")
+    return _json(refusal.body, error.status_code)
 
 
 async def _internal_error(request, error):
@@ -290,7 +291,8 @@ class Service:
         seed = options.pop("seed", None)
         seed = 1729 if seed is None else seed
         try:
-            return [self.model.generate(prompt, stream=True, session=self.session, seed=seed + i, **options)
+            return [self.model.generate(prompt, stream=True, session=self.session, seed=seed + i,
+                                        **options)
                     for prompt in prompts for i in range(n)]
         except InputError as error:
             raise _of_input(error) from None
@@ -329,8 +331,7 @@ async def _stream(job, answer):
             if isinstance(event, Exception):
                 raise event
             index, token = event
-            chunks = answer.end(index) if token is None else answer.delta(index, answer.take(index, token))
-            for chunk in chunks:
+            for chunk in answer.end(index) if token is None else answer.delta(*event):
                 yield _event(chunk)
         if answer.include_usage:
             yield _event(answer.chunk([], usage=answer.usage()))
@@ -363,12 +364,11 @@ class Completion:
         self.records = [[] for _ in generations]  # logprobs, a token each
         self.lengths = [0] * len(generations)  # characters of text so far
 
-    def take(self, index, token: Token) -> Token:
+    def take(self, index, token: Token) -> None:
         """Note a token for the logprobs."""
         if self.wants_logprobs:
             self.records[index].append(self.record(index, token))
         self.lengths[index] += len(token.text)
-        return token
 
     def whole(self) -> dict:
         return {**self.head, "object": self.object, "usage": self.usage(),
@@ -397,6 +397,7 @@ class Completion:
         return self._choice(index, generation.text, self.records[index], generation.finish_reason)
 
     def delta(self, index, token):
+        self.take(index, token)
         record = self.records[index][-1:]
         if token.text or record:
             yield self.chunk([self._choice(index, token.text, record, None)])
@@ -441,9 +442,10 @@ class ChatCompletion(Completion):
                 "finish_reason": generation.finish_reason}
 
     def delta(self, index, token):
+        self.take(index, token)
         yield from self._greet(index)
-        delta = {key: text for key, text in (("content", token.text), ("reasoning_content", token.thinking))
-                 if text}
+        texts = {"content": token.text, "reasoning_content": token.thinking}
+        delta = {key: text for key, text in texts.items() if text}
         record = self.records[index][-1:]
         if delta or record:
             yield self._delta(index, delta, record)

@@ -283,7 +283,8 @@ class _Vocabulary:
         definition |= {"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
         backend = library.Tokenizer.from_str(_dumps(definition))
         backend.model = model
-        for special, tokens in itertools.groupby(self._added_tokens(), key=lambda token: token["special"]):
+        runs = itertools.groupby(self._added_tokens(), key=lambda token: token["special"])
+        for special, tokens in runs:
             add = backend.add_special_tokens if special else backend.add_tokens
             add([library.AddedToken(token["content"], normalized=False, special=special)
                  for token in tokens])

@@ -374,7 +374,8 @@ def _send(address, body):
     host, port = re.fullmatch(r"http://(.*):(\d+)", address).groups()
     data = json.dumps(body).encode()
     connection = socket.create_connection((host, int(port)))
-    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
     return connection
 
 

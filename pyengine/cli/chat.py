@@ -35,8 +35,8 @@ CONTROLS = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in
 
 
 def add_commands(commands):
-    parser = new_command(commands, "chat", _chat, "Talk to a model: its own chat template, the answer as "
-                         "it comes; of a turn only what is new is computed. /help says what else.")
+    parser = new_command(commands, "chat", _chat, "Talk to a model: its own chat template, the answer "
+                         "as it comes; of a turn only what is new is computed. /help says what else.")
     add_model(parser)
     parser.add_argument("-sys", "--system-prompt", metavar="TEXT", help="what the model is told first")
     add_reasoning(parser)
@@ -109,7 +109,8 @@ class Conversation:
         elif command in ("/think", "/nothink"):
             self.reasoning = "on" if command == "/think" else "off"
             switch = self.model.chat_template.thinking_can_be_switched()
-            print(f"(thinking {self.reasoning})" if switch else "(this model's template has no switch for it)")
+            print(f"(thinking {self.reasoning})" if switch
+                  else "(this model's template has no switch for it)")
         elif command == "/save":
             self.save(argument)
         else:
@@ -122,7 +123,8 @@ class Conversation:
                 raise InputError("/save: want the name of a file")
             path = check_output(Path(name).expanduser())
             partial = path.with_name(path.name + ".partial")
-            partial.write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n"
+            partial.write_text(text, encoding="utf-8")
             partial.replace(path)
             print(f"({len(self.messages)} messages written to {path})")
         except (OSError, InputError) as error:
@@ -135,8 +137,9 @@ class Conversation:
         try:
             generation = self.model.generate(
                 self.messages, self.options.predict, stream=True, session=self.session,
-                stop=self.options.reverse_prompt, context=self.options.ctx_size, reasoning=self.reasoning,
-                reasoning_budget=self.options.reasoning_budget, **self.options.keywords)
+                stop=self.options.reverse_prompt, context=self.options.ctx_size,
+                reasoning=self.reasoning, reasoning_budget=self.options.reasoning_budget,
+                **self.options.keywords)
             show_prompt_progress(generation)
             _show(generation)
         except KeyboardInterrupt:

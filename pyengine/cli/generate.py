@@ -34,8 +34,8 @@ def _generate(options):
     text = options.prompt is not None
     prompt = options.prompt if text else parse_ids(options.ids, "--ids")
     generation = load_model(options).generate(
-        prompt, options.predict, stream=True, special=options.parse_special, stop=options.reverse_prompt,
-        ignore_end=options.ignore_eos, context=options.ctx_size, **sampling_options(options))
+        prompt, options.predict, stream=True, special=options.parse_special,
+        stop=options.reverse_prompt, ignore_end=options.ignore_eos, context=options.ctx_size, **sampling_options(options))
     show_prompt_progress(generation)
     if text:
         print(prompt, end="", flush=True)

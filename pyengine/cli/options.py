@@ -51,8 +51,9 @@ limit.__name__ = "number of tokens, or -1"
 
 def add_generation(parser, predict):
     """How many tokens, and how they are drawn: llama.cpp's flags.  predict: default of -n."""
-    parser.add_argument("-n", "--predict", type=limit, default=predict, metavar="N", help="tokens at most "
-                        f"(default: {-1 if predict is None else predict}); -1: until the context is full")
+    shown = -1 if predict is None else predict
+    parser.add_argument("-n", "--predict", type=limit, default=predict, metavar="N",
+                        help=f"tokens at most (default: {shown}); -1: until the context is full")
     parser.add_argument("-c", "--ctx-size", type=positive, metavar="N",
                         help="tokens of prompt and answer at most (default: as the model was made for)")
     parser.add_argument("-r", "--reverse-prompt", action="append", default=[], metavar="TEXT",
@@ -61,7 +62,8 @@ def add_generation(parser, predict):
         "sampling", "Applied in this order: logit bias, penalties, top-k, top-p, min-p, temperature. "
         "Defaults are the checkpoint's generation settings; without them, the likeliest token.")
     for flag, name, kind, text in _SAMPLING:
-        drawing.add_argument(flag, dest=name, type=kind, metavar="X" if kind is float else "N", help=text)
+        metavar = "X" if kind is float else "N"
+        drawing.add_argument(flag, dest=name, type=kind, metavar=metavar, help=text)
     drawing.add_argument("--logit-bias", action="append", default=[], type=_bias, metavar="ID(+/-)BIAS",
                          help="add to a token's logit: 271-inf, 17+1.5; may be given again")
     drawing.add_argument("-s", "--seed", type=int, metavar="SEED", help="default: 1729")
@@ -100,7 +102,7 @@ def add_reasoning(parser):
     parser.add_argument("--reasoning", choices=("auto", "on", "off"), default="auto",
                         help="thinking before the answer (default: auto, as the template has it)")
     parser.add_argument("--reasoning-budget", type=limit, metavar="N",
-                        help="tokens of thinking, after which it is ended; -1: as many as it takes (default)")
+                        help="tokens of thinking, after which it is ended; -1: any number (default)")
 
 
 def add_ids_run(parser):

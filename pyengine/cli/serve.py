@@ -43,13 +43,15 @@ def _serve(options):
     name = options.alias or Path(options.model).resolve().stem
     listener = _listen(options.host, options.port)
     model = load_model(options)
-    model.tokenizer, model.new_sampler(**sampling_options(options))  # faults come before the first request
+    # Faults come before the first request.
+    model.tokenizer, model.new_sampler(**sampling_options(options))
     app = create_app(model, name, context=options.ctx_size, max_tokens=options.predict,
                      reasoning=options.reasoning, reasoning_budget=options.reasoning_budget,
                      sampling=sampling_options(options))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     host, port = listener.getsockname()[:2]
-    print(f"{name}: http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    host = f"[{host}]" if ":" in host else host
+    print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
     server.run(sockets=[listener])
 
 
@@ -59,4 +61,5 @@ def _listen(host, port) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
-        raise InputError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--host {host} --port {port}: {reason}") from None

@@ -10,8 +10,8 @@ from .options import new_command
 
 
 def add_commands(commands):
-    parser = new_command(commands, "tokenize", _tokenize, "Text to token ids, or --decode: ids to text. "
-                         "The ids are what --ids and --ids-file of other commands read.")
+    parser = new_command(commands, "tokenize", _tokenize, "Text to token ids, or --decode: ids to "
+                         "text. The ids are what --ids and --ids-file of other commands read.")
     parser.add_argument("-m", "--model", required=True, metavar="MODEL")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("-p", "--prompt", metavar="TEXT")
