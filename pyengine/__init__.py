@@ -2,6 +2,7 @@
 
     model = pyengine.load("model.gguf")
     logits = model.forward([1, 2, 3])          # float32 [3, vocab]
+    answer = model.generate("Once upon a time", 100).text
 """
 
 from .checkpoint import open_checkpoint

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from .checkpoint import open_checkpoint
+from .decoder.model import DEFAULT_CHUNK, LockedModel
 from .errors import InputError
+from .generate import TextModel
+from .reference import ReferenceModel
 
 ARITHMETICS = ("locked", "locked-kv16", "float64")
 
@@ -18,7 +21,8 @@ def load(path, arithmetic: str = "locked", threads: int | None = None, *, pin: b
     chunk       prompt tokens computed at a time by default: bounds memory, changes no bit
     check       read every weight scale once and refuse a NaN or infinity, naming the tensor
 
-    The model has `forward(ids, state=None) -> logits [T, vocab] float32`, `new_state()`, `config`.
+    The model has `forward(ids, state=None) -> logits [T, vocab] float32`, `new_state()`, `config`, and
+    `generate(prompt or messages)` (generate.py).
     Errors: FileFormatError, CheckpointError, InputError.
     """
     if arithmetic not in ARITHMETICS:
@@ -27,9 +31,13 @@ def load(path, arithmetic: str = "locked", threads: int | None = None, *, pin: b
     if check:
         checkpoint.check_finite()
     if arithmetic == "float64":
-        from .reference import ReferenceModel
+        return ReferenceTextModel(checkpoint)
+    return LockedTextModel(checkpoint, threads, pin, chunk or DEFAULT_CHUNK, arithmetic)
 
-        return ReferenceModel(checkpoint)
-    from .decoder.model import DEFAULT_CHUNK, LockedModel
 
-    return LockedModel(checkpoint, threads, pin, chunk or DEFAULT_CHUNK, arithmetic)
+class LockedTextModel(TextModel, LockedModel):
+    """The engine, with text in and text out."""
+
+
+class ReferenceTextModel(TextModel, ReferenceModel):
+    """The specification, with text in and text out."""

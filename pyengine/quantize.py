@@ -30,6 +30,7 @@ from .decoder.linear import as_matrix
 from .errors import CheckpointError, InputError
 from .files.safetensors import SafetensorsFile, SafetensorsWriter
 from .progress import progress
+from .sampling import checkpoint_settings, to_generation_config
 from .tokenizer import export_tokenizer
 
 SHARD_BYTES = 4 << 30
@@ -206,7 +207,7 @@ class Twin:
         shutil.copyfile(_MODELING, directory / _MODELING.name)
         _write_json(directory / "generation_config.json", {
             "eos_token_id": list(config.eos_token_ids) or None,
-            "pad_token_id": config.pad_token_id, "do_sample": False})
+            "pad_token_id": config.pad_token_id, **to_generation_config(checkpoint_settings(checkpoint))})
         _copy_tokenizer(checkpoint, directory)
         digests = {tensor: self.digests[name][tensor] for tensor, name in weight_map.items()}
         (directory / _LOG).unlink(missing_ok=True)

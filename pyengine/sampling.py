@@ -16,6 +16,8 @@ so top_p and min_p look at the model's own probabilities, and temperature comes 
     temperature          probabilities = softmax(logits / temperature); 0: the largest logit
     draw                 the first id, ascending, whose cumulative probability exceeds u * their sum
 
+A token that generation forces (the end of a thinking budget) is remembered and takes no draw.
+
 The float32 logits are exact in float64, and all of this is float64.  u is `Generator(PCG64(seed))
 .random()`, one a token, none at temperature 0: a seed, the parameters and the logits give the tokens
 again.  (NumPy's exp may differ in its last bit from one processor to another; u would have to fall
@@ -26,10 +28,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
+from .checkpoint import Checkpoint
+from .config import read_json
+from .errors import FileFormatError, InputError
 
 SEED = 1729
 
@@ -84,6 +89,12 @@ class Sampler:
             return (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
         return self._probabilities(logits)
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """InputError: a bias for an id that such a vocabulary does not have."""
+        beyond = max(self.logit_bias, default=-1)
+        if beyond >= vocab_size:
+            raise InputError(f"logit_bias: want an id below {vocab_size}, got {beyond}")
+
     # ---- steps, in their order ----
 
     def _adjusted(self, logits) -> np.ndarray:
@@ -99,9 +110,8 @@ class Sampler:
         return logits
 
     def _bias(self, logits):
+        self.check_vocabulary(len(logits))
         for token, bias in self.logit_bias.items():
-            if token >= len(logits):
-                raise InputError(f"logit_bias: want an id below {len(logits)}, got {token}")
             logits[token] += bias
 
     def _penalize(self, logits):
@@ -168,6 +178,77 @@ def _softmax(logits, temperature=1.0) -> np.ndarray:
     with np.errstate(over="ignore"):
         weights = np.exp((logits - logits.max()) / temperature)
     return weights / weights.sum()
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """log softmax of logits [vocab], float64 [vocab]."""
+    shifted = np.asarray(logits, np.float64) - float(logits.max())
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def largest(values: np.ndarray, k: int) -> np.ndarray:
+    """Ids [min(k, vocab)] of the k largest, largest first; of equal ones the lower ids first."""
+    ids = _top_k(values, k) if k else np.arange(0)
+    return ids[np.argsort(-values[ids], kind="stable")]
+
+
+# ---- what a checkpoint asks for ----------------------------------------------------------------
+
+# Sampler's keyword: the field of generation_config.json, the key of a GGUF.
+_SETTINGS = {
+    "temperature": ("temperature", "temp"),
+    "top_k": ("top_k", "top_k"),
+    "top_p": ("top_p", "top_p"),
+    "min_p": ("min_p", "min_p"),
+    "repetition_penalty": ("repetition_penalty", "penalty_repeat"),
+    "penalty_last_n": (None, "penalty_last_n"),
+}
+
+
+def checkpoint_settings(checkpoint: Checkpoint) -> dict:
+    """The sampling that a checkpoint asks for, as keywords of `Sampler`; what it leaves open is absent.
+
+    A GGUF says it in `general.sampling.*`, a directory in generation_config.json, where `do_sample`
+    has to be true, as for Hugging Face: else it asks for the likeliest token.  Other samplers that a
+    file may name (xtc, mirostat) are not here.  Errors: FileFormatError for a value out of range.
+    """
+    if checkpoint.kind == "gguf":
+        where, settings = checkpoint.path, _gguf_settings(checkpoint.file.metadata)
+    else:
+        where = Path(checkpoint.path) / "generation_config.json"
+        settings = _hf_settings(read_json(where)) if where.exists() else {}
+    try:
+        Sampler(**settings)
+    except InputError as error:
+        field, _, problem = str(error).partition(": ")
+        raise FileFormatError(where, field, problem) from None
+    return settings
+
+
+def to_generation_config(settings: dict) -> dict:
+    """The fields of generation_config.json that say the same to Hugging Face's `generate`."""
+    fields = {_SETTINGS[name][0]: value for name, value in settings.items() if _SETTINGS[name][0]}
+    sampled = settings.get("temperature", 0) > 0
+    if not sampled:
+        fields = {name: value for name, value in fields.items() if name == "repetition_penalty"}
+    return {"do_sample": sampled, **fields}
+
+
+def _gguf_settings(metadata) -> dict:
+    keys = {name: f"general.sampling.{key}" for name, (_, key) in _SETTINGS.items()}
+    settings = {name: metadata[key] for name, key in keys.items() if key in metadata}
+    # A float32 as the decimal that was meant.
+    return {name: float(str(np.float32(value))) if isinstance(value, (float, np.floating)) else value
+            for name, value in settings.items()}
+
+
+def _hf_settings(fields: dict) -> dict:
+    names = [name for name, (field, _) in _SETTINGS.items() if fields.get(field) is not None]
+    settings = {name: fields[_SETTINGS[name][0]] for name in names}
+    if fields.get("do_sample") is not True:
+        return {"temperature": 0.0} | {name: settings[name] for name in ("repetition_penalty",)
+                                       if name in settings}
+    return {"temperature": 1.0} | settings
 
 
 # ---- checks ----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Text to token ids and back, from a GGUF's vocabulary or a tokenizer.json.
 
-A GGUF is first put into the form of a tokenizer.json (`tokenizer_json`), and everything else reads
-that form: the same definition is run here, exported with a checkpoint and read by transformers.
+A GGUF is put into the form of a tokenizer.json (`tokenizer_json`): the same definition is run here,
+exported with a checkpoint and read by transformers.
 Only running it takes the `tokenizers` library; `export_tokenizer` does without.
 
 Normalisation.  A GGUF does not say whether text is put into NFC first, and llama.cpp never does it.
@@ -13,6 +13,7 @@ published vocabulary, known by its token 248044.  Any other vocabulary is read w
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -58,6 +59,7 @@ class Tokenizer:
 
     vocab_size   ids are 0 to vocab_size - 1; those of no token (a padded vocabulary) decode to ""
     end_ids      tuple of ids that end a text: the file's own first, then <|im_end|>, <|endoftext|>
+    special_texts  tuple of what spells a special token, longest first
     """
 
     def __init__(self, backend, vocab_size: int, end_ids=()):
@@ -67,6 +69,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._added = backend.get_added_tokens_decoder()
+        self.special_texts = tuple(sorted((t.content for t in self._added.values() if t.special),
+                                          key=len, reverse=True))
         self.vocab_size = vocab_size
         known = (backend.token_to_id(text) for text in END_TEXTS)
         self.end_ids = tuple(dict.fromkeys([*end_ids, *(i for i in known if i is not None)]))
@@ -82,8 +86,7 @@ class Tokenizer:
         gguf = gguf if isinstance(gguf, GGUF) else GGUF.open(gguf)
         library = _tokenizers()
         vocabulary = _Vocabulary(gguf)
-        backend = library.Tokenizer.from_str(_dumps(vocabulary.to_json(nfc)))
-        return cls(backend, len(vocabulary.tokens), vocabulary.end_ids)
+        return cls(vocabulary.to_backend(library, nfc), len(vocabulary.tokens), vocabulary.end_ids)
 
     @classmethod
     def from_file(cls, path, vocab_size: int | None = None, end_ids=()) -> Tokenizer:
@@ -108,7 +111,7 @@ class Tokenizer:
 
         Errors as of `from_gguf` and `from_file`; `has_tokenizer` says beforehand if there is one.
         """
-        source = _source(model)
+        source = model_source(model)
         if isinstance(source, GGUF):
             return cls.from_gguf(source)
         config = read_hf_config(source)
@@ -195,13 +198,13 @@ class TextStream:
 
 def has_tokenizer(model) -> bool:
     """Whether a model (a path, a GGUF or a Checkpoint) carries a vocabulary to read text with."""
-    source = _source(model)
+    source = model_source(model)
     if isinstance(source, GGUF):
         return TOKENS in source.metadata
     return (source / "tokenizer.json").exists()
 
 
-def _source(model) -> GGUF | Path:
+def model_source(model) -> GGUF | Path:
     """The open GGUF, or the directory, that a model is."""
     if isinstance(model, GGUF):
         return model
@@ -261,10 +264,37 @@ class _Vocabulary:
         self.types = self._types()
         self.merges = self.metadata.require(MERGES, list, of=str)
         self.model_vocabulary = self._model_vocabulary()
-        self._check_merges()
         self.end_ids = self._end_ids()
 
+    def to_backend(self, library, nfc: bool | None = None):
+        """A `tokenizers.Tokenizer`, the same as of `to_json`.
+
+        The vocabulary goes to the library as it is: by way of a text it would take twice as long.
+        """
+        definition = self._to_json(nfc)
+        options = {name: value for name, value in definition["model"].items()
+                   if value is not None and name not in ("type", "vocab", "merges")}
+        try:
+            model = library.models.BPE(vocab=self.model_vocabulary, **options,
+                                       merges=[tuple(merge.split(" ")) for merge in self.merges])
+        except Exception:  # the library's own message names no index
+            self._check_merges()
+            raise
+        definition |= {"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+        backend = library.Tokenizer.from_str(_dumps(definition))
+        backend.model = model
+        runs = itertools.groupby(self._added_tokens(), key=lambda token: token["special"])
+        for special, tokens in runs:
+            add = backend.add_special_tokens if special else backend.add_tokens
+            add([library.AddedToken(token["content"], normalized=False, special=special)
+                 for token in tokens])
+        return backend
+
     def to_json(self, nfc: bool | None = None) -> dict:
+        self._check_merges()
+        return self._to_json(nfc)
+
+    def _to_json(self, nfc) -> dict:
         if nfc is None:
             end, text = PUBLISHED_END
             nfc = len(self.tokens) > end and self.tokens[end] == text

@@ -9,16 +9,16 @@ PACKAGE = Path(__file__).parent.parent / "pyengine"
 
 # A module may import modules of its own floor or of a lower one.
 FLOORS = [
-    {"errors", "progress", "ids", "figure", "_core", "models", "hf"},
+    {"errors", "progress", "ids", "figure", "_core", "models", "hf", "chat_sandbox"},
     {"files", "codes", "names"},
     {"config", "ops"},
     {"checkpoint", "tokenizer", "provenance"},
     {"decoder"},
-    {"reference", "sampling", "trace"},
+    {"reference", "sampling", "trace", "chat"},
     {"model", "quantize", "verify", "generate", "memory"},
     {"verify_files", "testing", "export", "perplexity", "quality"},
     {"bench"},
-    {"demo"},
+    {"demo", "server"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from rewrite import GOLDEN
+from gguf.constants import GGUFValueType
+from rewrite import GOLDEN, rewrite
 
 import pyengine
 from pyengine.cli import main
@@ -90,6 +91,45 @@ def test_generate_text(capsys):
     assert capsys.readouterr().out.startswith("the")
 
 
+def test_sampling_flags_arrive(capsys):
+    """Each flag, by its llama.cpp name, is a keyword of model.generate."""
+    model = pyengine.load(MODEL)
+    flags = ["--temp", "1.2", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.01", "-s", "5",
+             "--presence-penalty", "0.5", "--frequency-penalty", "0.2", "--repeat-penalty", "1.1",
+             "--repeat-last-n", "16", "--logit-bias", "7+1.5", "--logit-bias", "8-inf"]
+    keywords = dict(temperature=1.2, top_k=40, top_p=0.9, min_p=0.01, seed=5, presence_penalty=0.5,
+                    frequency_penalty=0.2, repetition_penalty=1.1, penalty_last_n=16,
+                    logit_bias={7: 1.5, 8: -float("inf")})
+    assert run("generate", "-m", MODEL, "--ids", "1 2 3", "-n", "20", *flags) == 0
+    got = [int(i) for i in capsys.readouterr().out.split()]
+    assert got == model.generate([1, 2, 3], 20, **keywords).ids.tolist()
+
+
+def test_defaults_are_the_checkpoints(tmp_path, capsys):
+    path = rewrite(MODEL, tmp_path / "m.gguf", metadata={
+        "general.sampling.temp": (1.5, GGUFValueType.FLOAT32), "general.sampling.top_k": (50, GGUFValueType.INT32)})
+    asked = ["--ids", "1 2 3", "-n", "16"]
+    run("generate", "-m", path, *asked)
+    run("generate", "-m", MODEL, *asked, "--temp", "1.5", "--top-k", "50")
+    run("generate", "-m", path, *asked, "--temp", "0")
+    run("generate", "-m", MODEL, *asked)
+    sampled, named, greedy, plain = capsys.readouterr().out.splitlines()
+    assert sampled == named != greedy == plain
+
+
+def test_context_and_reverse_prompt(capsys):
+    pytest.importorskip("tokenizers")
+    model = pyengine.load(MODEL)
+    assert run("generate", "-m", MODEL, "--ids", "1 2 3", "-c", "9", "-n", "-1", "--ignore-eos") == 0
+    assert len(capsys.readouterr().out.split()) == 6
+    text = model.generate("the", 16, ignore_end=True).text
+    stop = text[len(text) // 2]
+    assert run("generate", "-m", MODEL, "-p", "the", "-n", "16", "--ignore-eos", "-r", stop, "-r", "zz",
+               "--verbose") == 0
+    out, err = capsys.readouterr()
+    assert out == "the" + text[:text.index(stop)] + "\n" and "; stop" in err and "prompt 2 tokens" in err
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "the following arguments are required: COMMAND"),
     (["nonsense"], "invalid choice: 'nonsense'"),
@@ -104,6 +144,11 @@ def test_generate_text(capsys):
     (["logits", "-m", MODEL, "--ids", "1", "-t", "0", "-o", "/tmp/never.npy"], "argument -t/--threads"),
     (["logits", "-m", MODEL, "--ids", "1", "--chunk", "0", "-o", "/tmp/never.npy"], "argument --chunk"),
     (["generate", "-m", MODEL, "--ids", "1", "--temp", "-1"], "temperature"),
+    (["generate", "-m", MODEL, "--ids", "1", "--logit-bias", "x"], "argument --logit-bias"),
+    (["generate", "-m", MODEL, "--ids", "1", "--logit-bias", "288+1"], "logit_bias: want an id below 288"),
+    (["generate", "-m", MODEL, "--ids", "1", "-n", "-2"], "argument -n/--predict"),
+    (["generate", "-m", MODEL, "--ids", "1 2 3", "-c", "2"], "prompt: want at most 2 tokens"),
+    (["generate", "-m", MODEL, "-p", ""], "prompt: want at least one token"),
     (["verify", MODEL, MODEL], "header"),
     (["verify", "/no/a", "/no/b"], "/no/a"),
     (["quantize", "/no/such.gguf", "--int8", "/tmp/never-written"], "/no/such.gguf: want a GGUF"),

@@ -73,6 +73,52 @@ def test_snapshot_fork_and_restore_equal_recomputing(model):
         assert snapshot.position == cut
 
 
+def test_marks_equal_recomputing(model):
+    ids, other = prompt(model, 40), prompt(model, 40, seed=1)
+    want = model.forward(ids)
+    state, marks = model.new_state(), []
+    for start, stop in [(0, 3), (3, 20), (20, 40)]:
+        model.forward(ids[start:stop], state)
+        marks.append(state.mark())
+    model.forward(other, state)
+    for mark in reversed(marks):
+        state.rewind(mark)
+        assert state.position == mark.position
+        if mark.position < 40:
+            assert equal(model.forward(ids[mark.position:], state), want[mark.position:])
+        model.forward(other, state)
+    assert state.marks == marks[:1]
+    assert state.copy().marks == [] and state.copy().nbytes < state.nbytes
+
+
+def test_a_void_mark_is_refused(model):
+    state = model.new_state()
+    first, second = state.mark(), state.mark()
+    state.rewind(first)
+    for mark in (second, model.new_state().mark()):
+        with pytest.raises(InputError, match="mark: want one of this state"):
+            state.rewind(mark)
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_rewind_out_of_a_pass_that_was_interrupted(model, monkeypatch):
+    ids = prompt(model, 12)
+    want = model.forward(ids)[6:]
+    for layer in model.layers:
+        state = model.new_state()
+        model.forward(ids[:6], state)
+        mark = state.mark()
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "post_attention_layernorm", interrupt)  # its mixer has run
+            with pytest.raises(KeyboardInterrupt):
+                model.forward(ids[6:], state)
+        state.rewind(mark)
+        assert equal(model.forward(ids[6:], state), want)
+
+
 def test_one_sweep_of_threads_levels_chunks_and_splits(model, each_isa):
     """Every combination gives the output of one thread, the scalar level, one shot."""
     ids = prompt(model, 40)

