@@ -26,8 +26,9 @@ import numpy as np
 from . import hf, ops, provenance
 from .checkpoint import Checkpoint, Spec, Tensor, model_specs, open_checkpoint
 from .codes import GROUP, LARGEST, SCALES, to_bfloat16
+from .config import read_json
 from .decoder.linear import as_matrix
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, FileFormatError, InputError
 from .files.safetensors import SafetensorsFile, SafetensorsWriter
 from .progress import progress
 from .tokenizer import export_tokenizer
@@ -149,15 +150,24 @@ class Twin:
 
     def prepare(self) -> None:
         """Make DIR.partial, or take over the complete files of a run that was killed."""
-        log = self.partial / _LOG
-        if log.exists():
-            said = json.loads(log.read_text(encoding="utf-8"))
-            if said.get("identity") == self.identity:
-                self.digests = {name: digests for name, digests in said["files"].items()
-                                if _is_intact(self.partial / name, digests)}
-                return
+        complete = self._read_log()
+        if complete is not None:
+            self.digests = {name: digests for name, digests in complete.items()
+                            if name in self.names and _is_intact(self.partial / name, digests)}
+            return
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir()
+
+    def _read_log(self) -> dict[str, dict[str, str]] | None:
+        """What an earlier run of the same noted down, or None; a log that cannot be read is none."""
+        try:
+            said = read_json(self.partial / _LOG)
+        except FileFormatError:
+            return None
+        files = said.get("files")
+        if said.get("identity") != self.identity or not isinstance(files, dict):
+            return None
+        return {name: digests for name, digests in files.items() if isinstance(digests, dict)}
 
     # -- the pass --
 
@@ -251,9 +261,10 @@ def _identity(checkpoint: Checkpoint, bits: int, options: Options) -> str:
 
 def _is_intact(path: Path, digests: dict[str, str]) -> bool:
     """Whether a file that an earlier run completed still has the bytes it wrote."""
-    if not path.exists():
+    try:
+        tensors = SafetensorsFile.open(path).tensors
+    except FileFormatError:
         return False
-    tensors = SafetensorsFile.open(path).tensors
     return set(tensors) == set(digests) and all(
         hashlib.sha256(tensors[name].data.reshape(-1).view(np.uint8)).hexdigest() == digest
         for name, digest in digests.items())
@@ -475,7 +486,7 @@ def _describe_sources(checkpoint: Checkpoint, advance, stop: Event) -> list[dict
 
 
 def checked_options(group_size, scale, shard_bytes=SHARD_BYTES) -> Options:
-    if not isinstance(group_size, int) or not 2 <= group_size <= 1 << 20 or group_size % 2:
+    if not isinstance(group_size, int) or not 2 <= group_size <= provenance.MAX_GROUP or group_size % 2:
         raise InputError(f"group size: want an even number from 2 on, got {group_size!r}")
     if scale not in SCALES:
         raise InputError(f"scale: want {' or '.join(SCALES)}, got {scale!r}")

@@ -11,12 +11,14 @@ from pyengine.files.gguf import GGUF
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 
 
-def rewrite(source, destination, metadata=None, tensors=None, drop=()):
-    """Copy a GGUF.  metadata: {key: (value, GGUFValueType) or None to leave out};
+def rewrite(source, destination, metadata=None, tensors=None, drop=(), element=GGUFValueType.BOOL):
+    """Copy a GGUF.  metadata: {key: (value, GGUFValueType) or None to leave out}; element: of arrays;
     tensors: {name: (stored array, GGMLQuantizationType)} changed or added; drop: names left out."""
     file = GGUF.open(source)
-    writer = GGUFWriter(destination, file.metadata["general.architecture"])
-    _write_metadata(writer, file, metadata or {})
+    metadata = dict(metadata or {})
+    architecture, _ = metadata.pop("general.architecture", (file.metadata["general.architecture"], None))
+    writer = GGUFWriter(destination, architecture)
+    _write_metadata(writer, file, metadata, element)
     stored = {name: (t.data, t.type) for name, t in file.tensors.items() if name not in drop}
     for name, (data, kind) in (stored | (tensors or {})).items():
         if kind == GGMLQuantizationType.BF16:
@@ -30,7 +32,7 @@ def rewrite(source, destination, metadata=None, tensors=None, drop=()):
     return destination
 
 
-def _write_metadata(writer, file, changes):
+def _write_metadata(writer, file, changes, element):
     for key in file.metadata:
         if key in changes or key in ("general.architecture",):
             continue
@@ -46,7 +48,7 @@ def _write_metadata(writer, file, changes):
         if change is not None:
             value, kind = change
             writer.add_key_value(key, value, kind, *(
-                [GGUFValueType.BOOL] if kind == GGUFValueType.ARRAY else []))
+                [element] if kind == GGUFValueType.ARRAY else []))
 
 
 def split_gguf(source, stem, parts):

@@ -16,9 +16,7 @@ its length u64, then its elements.
 import dataclasses
 import math
 import mmap
-import os
 import re
-import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +27,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from pyengine.errors import FileFormatError
+from pyengine.files.mapped import map_file
 
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
@@ -75,20 +74,6 @@ SCAN_CHUNK_BYTES = 64 << 20
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-
-
-def map_file(path):
-    """Map a regular file read-only -> mmap. FileFormatError when missing, empty or special."""
-    try:
-        # Before open: opening a FIFO would wait for a writer.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise FileFormatError(path, "file", "want a regular file")
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise FileFormatError(path, "file", "want some bytes, got an empty file")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise FileFormatError(path, "file", f"cannot be read: {error}") from error
 
 
 # --- metadata ---------------------------------------------------------------
@@ -371,7 +356,7 @@ class _Header:
         for index in range(count):
             key = self._name(f"key {index}", MAX_KEY_BYTES)
             if key in values:
-                self.fail(key, "duplicate key")
+                self.fail(key, f"want every key once, got it again as key {index}")
             values[key] = self._read_value(key)
         return values
 
@@ -447,7 +432,7 @@ class _Header:
         for index in range(count):
             name = self._name(f"tensor {index}", MAX_NAME_BYTES)
             if name in infos:
-                self.fail(f"tensor {name}", "duplicate tensor name")
+                self.fail(f"tensor {name}", f"want every name once, got it again as tensor {index}")
             infos[name] = self._read_tensor_info(f"tensor {name}")
         data_start = -(-self.position // self.alignment) * self.alignment
         self._check_ranges(infos, data_start)
@@ -570,7 +555,7 @@ def _merge_tensors(headers):
     for header in headers:
         for name, tensor in header.tensors.items():
             if name in tensors:
-                problem = f"duplicate tensor, also in {tensors[name].path}"
+                problem = f"want it in one split, got it in {tensors[name].path} too"
                 raise FileFormatError(header.path, f"tensor {name}", problem)
             tensors[name] = tensor
     if len(headers) > 1 and "split.tensors.count" in first.metadata:
