@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,9 @@ def read_ids(path) -> np.ndarray:
 def _read_npy(path) -> np.ndarray:
     """Mapped: a header that promises more than the file holds allocates nothing."""
     try:
-        with np.errstate(over="ignore"):  # of a shape's product, which it then refuses
+        # What NumPy warns of (a product that overflows, odd literals) it then refuses, or we do.
+        with np.errstate(over="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise

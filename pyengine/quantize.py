@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -204,7 +205,8 @@ class Twin:
         if not keep:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def finish(self, checkpoint: Checkpoint, options: Options, sources: list[dict]) -> None:
+    def complete(self, checkpoint: Checkpoint, options: Options, sources: list[dict]) -> None:
+        """Everything but the tensors, on the disk."""
         directory, config = self.partial, checkpoint.config
         weight_map = {tensor: name for name in self.names for tensor in self.digests[name]}
         if len(self.files) > 1:
@@ -223,7 +225,12 @@ class Twin:
         _write_json(directory / provenance.FILE_NAME, provenance.describe(
             sources, checkpoint, options.method, options.group_size, self.bits, digests,
             provenance.digests_of_files(directory)))
-        directory.rename(self.directory)
+        for path in directory.iterdir():  # or the renamed directory could hold empty files
+            _sync(path)
+
+    def publish(self) -> None:
+        """DIR.partial becomes DIR."""
+        self.partial.rename(self.directory)
 
 
 _LOG = "complete_files.json"
@@ -268,6 +275,11 @@ def _is_intact(path: Path, digests: dict[str, str]) -> bool:
     return set(tensors) == set(digests) and all(
         hashlib.sha256(tensors[name].data.reshape(-1).view(np.uint8)).hexdigest() == digest
         for name, digest in digests.items())
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _write_json(path: Path, value) -> None:
@@ -464,8 +476,11 @@ def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: st
                 sources = hashing.result()
             finally:
                 stop.set()
+        checkpoint.file.check_unchanged()
         for twin in twins:
-            twin.finish(checkpoint, options, sources)
+            twin.complete(checkpoint, options, sources)
+        for twin in twins:
+            twin.publish()
     except (KeyboardInterrupt, OSError):  # a disk that is full, a user who will come back
         for twin in twins:
             twin.abort(keep=True)

@@ -517,6 +517,12 @@ class GGUF:
         self.paths = tuple(header.path for header in headers)
         self.size = sum(header.size for header in headers)
         self.tensors = MappingProxyType(_merge_tensors(headers))
+        self._buffers = [header.buffer for header in headers]
+
+    def check_unchanged(self):
+        """FileFormatError if a file is no longer what was opened: see `MappedFile`."""
+        for buffer in self._buffers:
+            buffer.check_unchanged()
 
 
 def _open_other_splits(first):

@@ -87,6 +87,11 @@ class SafetensorsFile:
         }
         _check_tiling(path, tensors.values(), data_start, self.size)
         self.tensors = MappingProxyType(tensors)
+        self._buffer = buffer
+
+    def check_unchanged(self):
+        """FileFormatError if the file is no longer what was opened: see `MappedFile`."""
+        self._buffer.check_unchanged()
 
 
 def _read_header(path, buffer):
@@ -190,6 +195,11 @@ class SafetensorsDirectory:
         self.files = tuple(files)
         self.size = sum(file.size for file in files)
         self.tensors = MappingProxyType(dict(tensors))
+
+    def check_unchanged(self):
+        """FileFormatError if a file is no longer what was opened: see `MappedFile`."""
+        for file in self.files:
+            file.check_unchanged()
 
 
 def _open_index(index):
