@@ -23,12 +23,14 @@ being tried lies in --findings/TARGET.last, should the process die.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import mmap
 import os
 import random
 import re
 import resource
+import signal
 import struct
 import sys
 import tempfile
@@ -266,6 +268,11 @@ class Target:
     def __init__(self):
         self.seeds = [path.read_bytes() for path in sorted((CORPUS / self.folder).iterdir())]
         self.pool = [self.fields(seed) for seed in self.seeds]
+        # Small files often: they are read faster, and a change in them is likelier to matter.
+        self.weights = list(itertools.accumulate(1 / (len(fields) + 8) for fields in self.pool))
+
+    def pick(self, rng):
+        return rng.choices(self.pool, cum_weights=self.weights)[0]
 
     def mutate(self, fields, rng) -> bytes:
         return self.join(change(fields, self.pool, rng), rng)[:MAX_INPUT]
@@ -292,7 +299,7 @@ class Gguf(Target):
             if tensor.nbytes <= 4096 and tensor.type in self.module.EXPONENT_BITS:
                 self.module.dequantize(tensor)
                 self.module.first_nonfinite_scale(tensor)
-        self.Config.from_gguf(file)
+        _allowed(self.Config.from_gguf, file)
 
 
 class Safetensors(Target):
@@ -413,6 +420,7 @@ class Model(Target):
             seed = (directory / "model.safetensors").read_bytes()
             self.seeds.append(bytes([bits]) + seed)
             self.pool.append([("r", bytes([bits])), *safetensors_fields(seed)])
+        self.weights = [1, 2, 3]
 
     def mutate(self, fields, rng):
         if rng.random() < 0.5:
@@ -440,17 +448,78 @@ class Model(Target):
         _allowed(model.forward, [5], state)
 
 
+class TimeUp(BaseException):
+    """No Exception: a template's own `render` must not take it for a fault of the template."""
+
+
 class Template(Target):
+    """Chat templates in the sandbox, in this process and without its parent's watch.
+
+    What tells an escape: while it renders, a template must cause no audit event of Python's (opening,
+    importing, compiling, processes, sockets).  One that runs on is stopped, as the parent would.
+    """
+
     folder, fields = "template", staticmethod(script_fields)
+    memory = 64, 1 << 30  # bounded by the address space, as by the parent
+    seconds = 0.3
+    VARIABLES = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                 "tools": None, "add_generation_prompt": True, "enable_thinking": True}
 
     def __init__(self):
         super().__init__()
-        from pyengine import chat  # noqa: F401
+        import jinja2
 
-        raise NotImplementedError
+        from pyengine import chat_sandbox
+
+        # Errors as they are: jinja2's own rewriting of tracebacks compiles.
+        jinja2.Environment.handle_exception = _reraise
+        self.sandbox, self.rendering, self.stopped = chat_sandbox, False, 0
+        self._one(self.seeds[0])  # what is imported on first use
+        signal.signal(signal.SIGVTALRM, self._time_up)
+        sys.addaudithook(self._audit)
+
+    def run(self, data):
+        signal.setitimer(signal.ITIMER_VIRTUAL, self.seconds)
+        try:
+            self._one(data)
+        except TimeUp:
+            self.stopped += 1
+        finally:
+            self.rendering = False
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    def _one(self, data):
+        template, fault = self.sandbox.compile_template(data.decode("utf-8", "replace"))
+        self.rendering = True
+        answer = fault or self.sandbox.render(template, [self.VARIABLES])
+        self.rendering = False
+        if not set(answer) <= {"texts", "error", "message"}:
+            raise AssertionError(f"want an answer, got {answer!r:.200}")
+
+    def _audit(self, event, arguments):
+        if self.rendering and event.split(".")[0] in AUDITED:
+            self.rendering = False
+            raise EscapedError(f"{event} {arguments!r:.200}")
+
+    @staticmethod
+    def _time_up(*arguments):
+        raise TimeUp
 
 
-TARGETS = {"gguf": Gguf, "safetensors": Safetensors, "trace": Trace, "json": Json, "ids": Ids, "model": Model}
+def _reraise(environment, source=None):
+    raise  # noqa: PLE0704: called where an exception is being handled
+
+
+class EscapedError(BaseException):
+    """A template reached something that is not its own."""
+
+
+AUDITED = {"open", "import", "exec", "compile", "os", "subprocess", "socket", "shutil", "ctypes", "pty", "code",
+           "marshal", "pickle"}
+
+
+TARGETS = {"gguf": Gguf, "safetensors": Safetensors, "trace": Trace, "json": Json, "ids": Ids,
+           "template": Template, "model": Model}
 
 
 def _empty(path):
@@ -546,7 +615,7 @@ def run_mutator(watch, target, runs, seconds, seed) -> float:
             if now - said > 60:
                 said = now
                 print(watch.report(now - start), flush=True)
-        watch(target.mutate(rng.choice(target.pool), rng))
+        watch(target.mutate(target.pick(rng), rng))
     return time.monotonic() - start
 
 
@@ -573,7 +642,7 @@ def run_coverage(watch, target, runs, seconds, seed, keep) -> None:
             print(watch.report(time.monotonic() - start), flush=True)
             os._exit(1 if watch.faults else 0)
 
-    atheris.Setup([sys.argv[0], str(folder), str(seeds), f"-seed={seed}", "-max_len=4096", "-verbosity=0",
+    atheris.Setup([sys.argv[0], str(folder), str(seeds), f"-seed={seed}", "-max_len=8192", "-verbosity=0",
                    "-rss_limit_mb=4096", "-timeout=60", "-print_final_stats=0"], one, custom_mutator=mutator)
     atheris.Fuzz()
 
@@ -609,12 +678,16 @@ def main():
             import pyengine.verify  # noqa: F401
     faults = 0
     for name in options.targets or TARGETS:
-        target = TARGETS[name]()
+        try:
+            target = TARGETS[name]()
+        except ImportError as error:
+            print(f"{name:<12} left out: {error}")
+            continue
         if options.replay:
             return target.run(options.replay.read_bytes())
         watch = Watch(name, target, options.findings)
         runs = options.runs or sys.maxsize
-        if "SANITIZED" not in "".join(os.environ):  # its shadow is terabytes of address space
+        if "PYENGINE_SANITIZED_BUILD" not in os.environ:  # whose shadow is terabytes of addresses
             limit_memory()
         if options.coverage:
             run_coverage(watch, target, runs, seconds, options.seed, options.keep)

@@ -99,6 +99,15 @@ def write_every_type(path: Path) -> None:
     finish(writer)
 
 
+def write_few(path: Path) -> None:
+    """What a reader of headers needs least: a value, a list, two tensors that touch."""
+    writer = gguf.GGUFWriter(path, "test")
+    writer.add_array("tokens", ["a", "bc"])
+    writer.add_tensor("a", np.zeros((2, 8), np.float32))
+    writer.add_tensor("b", np.zeros((1, 34), np.uint8), raw_dtype=T.Q8_0)
+    finish(writer)
+
+
 def finish(writer):
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file,
                  writer.close):
@@ -120,6 +129,7 @@ def main():
     model = GGUF.open(path)
     write_header(CORPUS / "gguf" / "header", model, ["token_embd.weight", "output_norm.weight"])
     write_every_type(CORPUS / "gguf" / "types")
+    write_few(CORPUS / "gguf" / "few")
     (CORPUS / "gguf" / "bare").write_bytes(b"GGUF\3\0\0\0" + bytes(16))
 
     write_tensors(CORPUS / "safetensors" / "types", {d: (d, (2, 3)) for d in DTYPES}, {"format": "pt"})
@@ -148,6 +158,7 @@ def main():
         (CORPUS / "json" / f"{name}.json").write_text(json.dumps(value))
     np.save(CORPUS / "ids" / "i8.npy", np.array([1, 2, 3]))
     np.save(CORPUS / "ids" / "u2.npy", np.array([4, 5], ">u2"))
+    # template/tools and template/escapes were written by hand.
     (CORPUS / "template" / "golden").write_text(small_tokenizer()["chat_template"])
     size = sum(p.stat().st_size for p in CORPUS.rglob("*") if p.is_file())
     print(f"{CORPUS}: {size:,} bytes")
