@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import FileFormatError, InputError, PyengineError
-from pyengine.files.gguf import GGUF, MAX_STRINGS, dequantize, first_nonfinite_scale
+from pyengine.files.gguf import GGUF, MAX_ENTRIES, MAX_STRINGS, dequantize, first_nonfinite_scale
 from pyengine.files.safetensors import SafetensorsFile
 from pyengine.files.strict_json import read_object
 
@@ -564,11 +564,27 @@ def test_hostile_counts_allocate_nothing(tmp_path):
     assert peak < 2_000_000
 
 
-def test_a_sparse_file_of_empty_strings_is_refused_at_once(tmp_path):
-    path = write(tmp_path, gguf_bytes([array(b"a", Value.STRING, 2**30, b"")]))
+EMPTY = MAX_STRINGS // 2 + 1
+
+
+@pytest.mark.parametrize("content, message", [
+    ([array(b"a", Value.STRING, 2**30, b"")], f"a: want at most {MAX_STRINGS} strings, got {2**30}"),
+    ([array(b"a", Value.STRING, EMPTY, bytes(8 * EMPTY)), array(b"b", Value.STRING, EMPTY, b"")],
+     f"b: want at most {MAX_STRINGS - EMPTY} strings, got {EMPTY}"),
+    ([array(b"a", Value.BOOL, 2**33, b"")], f"a: want at most {MAX_STRINGS} bools, got {2**33}"),
+    (2**17, f"key count: want at most {MAX_ENTRIES}, got {2**17}"),
+])
+def test_a_sparse_file_is_not_walked_for_long(tmp_path, content, message):
+    many = isinstance(content, int)
+    path = write(tmp_path, gguf_bytes(n_values=content) if many else gguf_bytes(content))
     os.truncate(path, 2**34)
-    with pytest.raises(FileFormatError, match=f"a: want at most {MAX_STRINGS} strings"):
+    tracemalloc.start()
+    start = time.thread_time()
+    with pytest.raises(FileFormatError) as caught:
         GGUF.open(path)
+    assert time.thread_time() - start < 10  # 0.2; this only catches a walk of all
+    assert str(caught.value) == f"{path}: {message}" and tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("make, message", [

@@ -34,7 +34,8 @@ MAX_ALIGNMENT = 1 << 20
 MAX_KEY_BYTES = 65535  # the specification's limit
 MAX_NAME_BYTES = 64  # the specification's limit
 MAX_DIMS = 4
-MAX_STRINGS = 1 << 24  # empty strings cost a sparse file nothing, and the walk time
+MAX_ENTRIES = 1 << 16  # keys, and tensors; what a file may make us walk is bounded, since a
+MAX_STRINGS = 1 << 22  # sparse file costs nothing: strings in all arrays together, bools in one
 
 # What one entry takes at least; bounds the counts before any loop is entered.
 MIN_KEY_VALUE_BYTES = 8 + 1 + 4 + 1
@@ -297,7 +298,7 @@ class _Header:
         self.path = path
         self.buffer = map_file(path)
         self.size = len(self.buffer)
-        self.position = 0
+        self.position, self.strings_left = 0, MAX_STRINGS
         self.version, n_tensors, n_values = self._read_preamble()
         values = self._read_values(n_values)
         self.metadata = Metadata(path, self.buffer, values)
@@ -348,6 +349,8 @@ class _Header:
         limit = (self.size - self.position) // min_bytes
         if count > limit:
             self.fail(field, f"want at most {limit} in what is left of the file, got {count}")
+        if count > MAX_ENTRIES:
+            self.fail(field, f"want at most {MAX_ENTRIES}, got {count}")
 
     def _read_values(self, count):
         """-> dict: key -> (ValueType, position of the value, after an array's own header)."""
@@ -386,6 +389,8 @@ class _Header:
         """Step over `count` scalars -> the position of the first."""
         position = self._take(count * SCALAR_DTYPES[kind].itemsize, key)
         if kind == GGUFValueType.BOOL:
+            if count > MAX_STRINGS:
+                self.fail(key, f"want at most {MAX_STRINGS} bools, got {count}")
             stored = np.ndarray((count,), np.uint8, self.buffer, position)
             if (stored > 1).any():
                 self.fail(key, f"want bools of 0 or 1, got {stored[stored > 1][0]}")
@@ -397,9 +402,10 @@ class _Header:
         A length leads to the next one, so this walk is the only way to the next
         key, and its loop is the cost of opening: nothing but the step is in it.
         """
-        limit = min(MAX_STRINGS, (self.size - self.position) // 8)
+        limit = min(self.strings_left, (self.size - self.position) // 8)
         if count > limit:
             self.fail(key, f"want at most {limit} strings, got {count}")
+        self.strings_left -= count
         start = position = self.position
         buffer, length_at = self.buffer, _U64.unpack_from
         try:
