@@ -7,16 +7,20 @@ import pytest
 
 import fuzz_files
 
+from pyengine.files import gguf, safetensors, strict_json
+
 READERS = ["gguf", "safetensors", "trace", "json", "ids", "model"]
 
 
-@pytest.fixture
-def watched(tmp_path, monkeypatch):
-    """name -> a Watch; the readers get their own `map_file` back."""
-    from pyengine.files import gguf, safetensors, strict_json
-
+@pytest.fixture(autouse=True)
+def readers_get_their_own_files_back(monkeypatch):
     for module in (gguf, safetensors, strict_json):
         monkeypatch.setattr(module, "map_file", module.map_file)
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """name -> a Watch."""
 
     def make(name):
         return fuzz_files.Watch(name, fuzz_files.TARGETS[name](), tmp_path)
