@@ -9,6 +9,7 @@ knows its order, and `Checkpoint.value_head_order` tells the decoder which one t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -283,8 +284,11 @@ class _GGUFTensors:
 
     def __init__(self, file, config):
         self.file, self.config = file, config
-        self.orders = _orders(config)
         self.used = set()
+
+    @functools.cached_property
+    def orders(self):
+        return _orders(self.config)  # only when a tensor has confirmed the sizes
 
     def read(self, spec: Spec) -> Tensor:
         tensor = self._fused(spec) or self._whole(spec)
@@ -526,7 +530,8 @@ class _DirectoryTensors:
             raise CheckpointError(f"{self.file.path}: {name}: want {tuple(shape)} "
                                   f"{' or '.join(dtypes)}, got {tuple(view.shape)} {view.dtype}")
         self.used.add(name)
-        return view.data
+        # Its data may begin at any byte; C reads floats where floats may lie.
+        return np.require(view.data, requirements="A")
 
 
 # ---- finite? ---------------------------------------------------------------------------------

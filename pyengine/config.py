@@ -5,14 +5,15 @@ Field names are Hugging Face's (`Qwen3_5MoeTextConfig`).
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from .codes import GROUP
-from .errors import CheckpointError, FileFormatError
+from .errors import CheckpointError, FileFormatError, quote
+from .files.strict_json import read_object
 from .names import hint
 
 ARCHITECTURE = "qwen35moe"
@@ -141,6 +142,7 @@ def read_hf_config(directory: Path) -> Config:
     if generation.exists():
         ids = _as_ids(read_json(generation).get("eos_token_id"), str(generation))
         config = replace(config, eos_token_ids=tuple(dict.fromkeys(ids + config.eos_token_ids)))
+        _check_ids(config, str(generation))
     return config
 
 
@@ -154,16 +156,8 @@ def read_group_size(directory: Path) -> int:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.  FileFormatError if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileFormatError(path, "file", "want a JSON object, got no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(path, "file", f"want JSON, got {error}") from None
-    if not isinstance(value, dict):
-        raise FileFormatError(path, "file", f"want a JSON object, got {type(value).__name__}")
-    return value
+    """The object in a JSON file of Python's writing.  FileFormatError if there is none."""
+    return read_object(path, constants=True)
 
 
 # ---- GGUF ------------------------------------------------------------------------------------
@@ -194,10 +188,11 @@ class _Metadata:
         number itself, and the difference shows in the norms' last bits.
         """
         value = self.gguf.metadata.require(f"{ARCHITECTURE}.{key}", float)
-        return float(str(np.float32(value)))
+        with np.errstate(over="ignore"):  # a float64 beyond float32: infinite, and refused as such
+            return float(str(np.float32(value)))
 
-    def array(self, key):
-        return self.gguf.metadata.require(f"{ARCHITECTURE}.{key}", list)
+    def array(self, key, of):
+        return self.gguf.metadata.require(f"{ARCHITECTURE}.{key}", list, of)
 
     def error(self, key, problem):
         return FileFormatError(self.gguf.path, f"{ARCHITECTURE}.{key}", problem)
@@ -206,8 +201,9 @@ class _Metadata:
 def _from_gguf(meta: _Metadata, gguf) -> Config:
     nextn = meta.integer("nextn_predict_layers", 0)
     blocks = meta.integer("block_count")
-    if not 0 <= nextn < blocks <= 100_000:
-        raise meta.error("block_count", f"want more than {nextn} next-token blocks, got {blocks}")
+    if not 0 <= nextn < blocks <= MAX_LAYERS:
+        raise meta.error("block_count", f"want more than the {nextn} next-token blocks and at most "
+                         f"{MAX_LAYERS}, got {blocks}")
     value_heads, inner = meta.integer("ssm.time_step_rank"), meta.integer("ssm.inner_size")
     if value_heads < 1 or inner < 1 or inner % value_heads:
         raise meta.error("ssm.inner_size", f"want a multiple of {value_heads} heads, got {inner}")
@@ -219,9 +215,8 @@ def _from_gguf(meta: _Metadata, gguf) -> Config:
         raise FileFormatError(gguf.path, "token_embd.weight", "want this tensor, got none" + hint(
             "token_embd.weight", (name for name in gguf.tensors if not name.startswith(("blk.", "output"))),
             "nearest unknown name in the file"))
-    ids = gguf.metadata
     return Config(
-        vocab_size=gguf.tensors["token_embd.weight"].shape[0],
+        vocab_size=_gguf_vocab_size(gguf),
         hidden_size=meta.integer("embedding_length"),
         layer_types=_gguf_layer_types(meta, blocks, nextn),
         rms_norm_eps=meta.number("attention.layer_norm_rms_epsilon"),
@@ -241,10 +236,10 @@ def _from_gguf(meta: _Metadata, gguf) -> Config:
         shared_expert_intermediate_size=meta.integer("expert_shared_feed_forward_length"),
         tie_word_embeddings="output.weight" not in gguf.tensors,
         max_position_embeddings=meta.integer("context_length"),
-        mrope_section=tuple(int(n) for n in meta.array("rope.dimension_sections")[:3])
+        mrope_section=tuple(int(n) for n in meta.array("rope.dimension_sections", int)[:3])
         if meta.has("rope.dimension_sections") else (),
         eos_token_ids=_gguf_end_ids(gguf),
-        pad_token_id=ids.get("tokenizer.ggml.padding_token_id"),
+        pad_token_id=_gguf_pad_id(gguf.metadata),
         num_nextn_predict_layers=nextn,
     )
 
@@ -252,7 +247,7 @@ def _from_gguf(meta: _Metadata, gguf) -> Config:
 def _gguf_layer_types(meta: _Metadata, blocks: int, nextn: int) -> tuple[str, ...]:
     layers = blocks - nextn
     if meta.has("attention.recurrent_layers"):
-        recurrent = meta.array("attention.recurrent_layers")
+        recurrent = meta.array("attention.recurrent_layers", bool)
         if len(recurrent) not in (blocks, layers):
             raise meta.error("attention.recurrent_layers",
                              f"want {blocks} entries as block_count, got {len(recurrent)}")
@@ -267,11 +262,30 @@ def _interval_layer_types(layers: int, interval: int) -> tuple[str, ...]:
     return tuple(LINEAR if (i + 1) % interval else FULL for i in range(layers))
 
 
+def _gguf_vocab_size(gguf) -> int:
+    rows, key = gguf.tensors["token_embd.weight"].shape[0], "tokenizer.ggml.tokens"
+    if key in gguf.metadata and (gguf.metadata.type_of(key).length or 0) > rows:
+        raise FileFormatError(gguf.path, key, f"want at most {rows} as token_embd.weight has rows, "
+                              f"got {gguf.metadata.type_of(key).length}")
+    return rows
+
+
+_END_KEYS = tuple(f"tokenizer.ggml.{key}" for key in ("eos_token_id", "eot_token_id", "eos_token_ids"))
+
+
 def _gguf_end_ids(gguf) -> tuple[int, ...]:
-    metadata = gguf.metadata
-    ids = [metadata[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id",
-                                     "tokenizer.ggml.eos_token_ids") if key in metadata]
-    return tuple(dict.fromkeys(int(i) for value in ids for i in np.atleast_1d(value)))
+    metadata, ids = gguf.metadata, []
+    for key in _END_KEYS:
+        if key in metadata and metadata.type_of(key).python_type() is list:
+            ids += metadata.require(key, list, int).tolist()
+        elif key in metadata:
+            ids.append(metadata.require(key, int))
+    return tuple(dict.fromkeys(ids))
+
+
+def _gguf_pad_id(metadata) -> int | None:
+    key = "tokenizer.ggml.padding_token_id"
+    return metadata.require(key, int) if key in metadata else None
 
 
 # ---- config.json -----------------------------------------------------------------------------
@@ -282,36 +296,46 @@ class _Fields:
 
     def __init__(self, values, where):
         if not isinstance(values, dict):
-            raise FileFormatError(where, "text_config", "want an object")
+            raise FileFormatError(where, "text_config", f"want an object, got {quote(values)}")
         self.values, self.where = values, where
 
     def integer(self, key, default=None):
         return self._typed(key, int, default)
 
     def number(self, key, default=None):
-        return float(self._typed(key, (int, float), default))
+        value = self._typed(key, (int, float), default)
+        if not math.isfinite(value):
+            raise self.error(key, f"want a finite number, got {value}")
+        return float(value)
+
+    def boolean(self, key, default):
+        return self._typed(key, bool, default)
+
+    def text(self, key, default):
+        return self._typed(key, str, default)
 
     def get(self, key, default=None):
         return self.values.get(key, default)
 
+    def error(self, key, problem):
+        return FileFormatError(self.where, key, problem)
+
     def _typed(self, key, kind, default):
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            wanted = "an integer" if kind is int else "a number"
-            raise FileFormatError(self.where, key, f"want {wanted}, got {value!r}")
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            wanted = {int: "an integer", bool: "true or false", str: "a text"}.get(kind, "a number")
+            raise self.error(key, f"want {wanted}, got {quote(value)}")
         return value
 
 
 def _from_hf(fields: _Fields) -> Config:
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    rope = _Fields({**fields.values, **rope}, fields.where)
-    if rope.get("rope_type", "default") != "default":
-        raise FileFormatError(fields.where, "rope_parameters.rope_type",
-                              f"want 'default', got {rope.get('rope_type')!r}")
-    if fields.get("attention_bias"):
-        raise FileFormatError(fields.where, "attention_bias", "want false, got true")
-    if fields.get("hidden_act", "silu") != "silu":
-        raise FileFormatError(fields.where, "hidden_act", f"want 'silu', got {fields.get('hidden_act')!r}")
+    rope = _rope_fields(fields)
+    for of, key, want in ((rope, "rope_type", "default"), (fields, "hidden_act", "silu")):
+        if of.text(key, want) != want:
+            raise of.error(key, f"want {want!r}, got {quote(of.get(key))}")
+    if fields.boolean("attention_bias", False):
+        raise fields.error("attention_bias", "want false, got true")
     head_dim = fields.integer("head_dim")
     return Config(
         vocab_size=fields.integer("vocab_size"),
@@ -321,7 +345,7 @@ def _from_hf(fields: _Fields) -> Config:
         num_attention_heads=fields.integer("num_attention_heads"),
         num_key_value_heads=fields.integer("num_key_value_heads"),
         head_dim=head_dim,
-        rotary_dim=int(head_dim * rope.number("partial_rotary_factor", 0.25)),
+        rotary_dim=int(head_dim * _rotary_share(rope)),
         rope_theta=rope.number("rope_theta"),
         linear_num_key_heads=fields.integer("linear_num_key_heads"),
         linear_num_value_heads=fields.integer("linear_num_value_heads"),
@@ -332,38 +356,71 @@ def _from_hf(fields: _Fields) -> Config:
         num_experts_per_tok=fields.integer("num_experts_per_tok"),
         moe_intermediate_size=fields.integer("moe_intermediate_size"),
         shared_expert_intermediate_size=fields.integer("shared_expert_intermediate_size"),
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         max_position_embeddings=fields.integer("max_position_embeddings", 262144),
-        mrope_section=tuple(rope.get("mrope_section") or ()),
+        mrope_section=_mrope_section(rope),
         eos_token_ids=_as_ids(fields.get("eos_token_id"), fields.where),
-        pad_token_id=fields.get("pad_token_id"),
+        pad_token_id=None if fields.get("pad_token_id") is None else fields.integer("pad_token_id"),
     )
+
+
+def _rope_fields(fields: _Fields) -> _Fields:
+    key = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    rope = fields.get(key) or {}
+    if not isinstance(rope, dict):
+        raise fields.error(key, f"want an object, got {quote(rope)}")
+    return _Fields({**fields.values, **rope}, fields.where)
+
+
+def _rotary_share(rope: _Fields) -> float:
+    share = rope.number("partial_rotary_factor", 0.25)
+    if not 0 < share <= 1:
+        raise rope.error("partial_rotary_factor", f"want a share of head_dim, 0 to 1, got {share}")
+    return share
+
+
+def _mrope_section(rope: _Fields) -> tuple[int, ...]:
+    section = rope.get("mrope_section") or []
+    if not isinstance(section, list) or not all(type(n) is int for n in section):
+        raise rope.error("mrope_section", f"want a list of integers, got {quote(section)}")
+    return tuple(section)
 
 
 def _hf_layer_types(fields: _Fields) -> tuple[str, ...]:
     layers = fields.integer("num_hidden_layers")
+    if not 1 <= layers <= MAX_LAYERS:
+        raise fields.error("num_hidden_layers", f"want 1 to {MAX_LAYERS}, got {layers}")
     types = fields.get("layer_types")
     if types is None:
-        return _interval_layer_types(layers, fields.integer("full_attention_interval", 4))
+        interval = fields.integer("full_attention_interval", 4)
+        if interval < 1:
+            raise fields.error("full_attention_interval", f"want at least 1, got {interval}")
+        return _interval_layer_types(layers, interval)
     if not isinstance(types, list) or len(types) != layers:
-        raise FileFormatError(fields.where, "layer_types", f"want {layers} entries as num_hidden_layers")
+        got = len(types) if isinstance(types, list) else quote(types)
+        raise fields.error("layer_types", f"want {layers} entries as num_hidden_layers, got {got}")
     for i, kind in enumerate(types):
         if kind not in (LINEAR, FULL):
-            raise FileFormatError(fields.where, f"layer_types[{i}]",
-                                  f"want {LINEAR!r} or {FULL!r}, got {kind!r}")
+            raise fields.error(f"layer_types[{i}]", f"want {LINEAR!r} or {FULL!r}, got {quote(kind)}")
     return tuple(types)
 
 
 def _as_ids(value, where) -> tuple[int, ...]:
     values = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(v, int) for v in values):
-        raise FileFormatError(where, "eos_token_id", f"want token ids, got {value!r}")
+    if not all(type(v) is int for v in values):
+        raise FileFormatError(where, "eos_token_id", f"want token ids, got {quote(value)}")
     return tuple(values)
 
 
 # ---- what must hold of either ----------------------------------------------------------------
 
-_AT_LEAST_ONE = (
+# What no tensor of the file need confirm must not be large by itself: a model of delta nets alone has
+# no head_dim, and its rotary frequencies would be made all the same.
+MAX_SIZE = 2**31 - 1
+MAX_HEAD_DIM = 1 << 16
+MAX_LAYERS = 1024
+
+_SIZES = (
     "vocab_size hidden_size num_attention_heads num_key_value_heads head_dim linear_num_key_heads "
     "linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim "
     "num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size "
@@ -375,11 +432,11 @@ def _check(config: Config, where: str) -> Config:
     def fail(field, wanted):
         raise CheckpointError(f"{where}: {field}: want {wanted}, got {getattr(config, field)}")
 
-    for field in _AT_LEAST_ONE:
-        if getattr(config, field) < 1:
-            fail(field, "at least 1")
-    if not config.layer_types:
-        fail("num_hidden_layers", "at least 1")
+    for field in _SIZES:
+        if not 1 <= getattr(config, field) <= MAX_SIZE:
+            fail(field, f"1 to {MAX_SIZE}")
+    if not config.head_dim <= MAX_HEAD_DIM:
+        fail("head_dim", f"at most {MAX_HEAD_DIM}")
     if config.num_attention_heads % config.num_key_value_heads:
         fail("num_attention_heads", f"a multiple of {config.num_key_value_heads} key-value heads")
     if config.linear_num_value_heads % config.linear_num_key_heads:
@@ -394,4 +451,13 @@ def _check(config: Config, where: str) -> Config:
         fail("rms_norm_eps", "a small positive number")
     if not 1 <= config.rope_theta < float("inf"):
         fail("rope_theta", "a finite number from 1 on")
+    _check_ids(config, where)
     return config
+
+
+def _check_ids(config: Config, where: str) -> None:
+    pad = () if config.pad_token_id is None else (config.pad_token_id,)
+    for field, ids in (("eos_token_id", config.eos_token_ids), ("pad_token_id", pad)):
+        for i in ids:
+            if not 0 <= i < config.vocab_size:
+                raise CheckpointError(f"{where}: {field}: want 0 to {config.vocab_size - 1}, got {i}")

@@ -1,8 +1,13 @@
 """Every error that pyengine raises on purpose; each reads as one line."""
 
+import reprlib
+
 
 class PyengineError(Exception):
     """Base of the package's own errors."""
+
+    def __str__(self):
+        return _one_line(super().__str__(), 4096)
 
 
 class FileFormatError(PyengineError):
@@ -23,6 +28,16 @@ class CheckpointError(PyengineError):
 
 class InputError(PyengineError):
     """An argument, or a token id, is out of its range."""
+
+
+def quote(value):
+    """repr for a message: of a value from a file, however large or deeply nested."""
+    return _QUOTE.repr(value)
+
+
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = 200
+_QUOTE.maxlevel = 3
 
 
 def _one_line(value, limit):

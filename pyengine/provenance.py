@@ -22,12 +22,13 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .config import read_json
-from .errors import FileFormatError
+from .errors import FileFormatError, quote
 
 FORMAT, OLDER_FORMATS = "noesis-provenance-2", ("noesis-provenance-1",)
 FILE_NAME = "noesis_provenance.json"
 SEED = 1729  # of every random draw in this package; quantising draws nothing, and says so by it
 HASH_PIECE = 16 << 20
+MAX_GROUP = 1 << 20
 
 
 def describe_file(path: Path, advance=lambda nbytes: None) -> dict:
@@ -88,32 +89,41 @@ def own_digest(said: dict) -> str:
 
 
 def read(directory) -> dict:
-    """The provenance of a checkpoint directory.  FileFormatError if it has none that can be read."""
+    """The provenance of a checkpoint directory.  FileFormatError if it has none that can be read.
+
+    Every field that `describe` gives is there, of its type.
+    """
     path = Path(directory) / FILE_NAME
     said = read_json(path)
     _check_fields(path, "", said, _FIELDS)
     if said["format"] not in (FORMAT, *OLDER_FORMATS):
-        raise FileFormatError(path, "format", f"want {FORMAT!r}, got {said['format']!r}")
+        raise FileFormatError(path, "format", f"want {FORMAT!r}, got {quote(said['format'])}")
     if said["format"] == FORMAT:
         _check_fields(path, "", said, {"files": dict, "sha256": str})
-    _check_fields(path, "engine.", said["engine"], {"name": str, "version": str})
-    _check_fields(path, "source.", said["source"], {"files": list, "tensor_types": dict})
-    _check_fields(path, "twin.", said["twin"], {"id": str, "kind": str})
+    if not 2 <= said["group_size"] <= MAX_GROUP or said["group_size"] % 2:
+        raise FileFormatError(path, "group_size", f"want an even number from 2 to {MAX_GROUP}, "
+                              f"got {said['group_size']}")
     for i, file in enumerate(said["source"]["files"]):
-        file = file if isinstance(file, dict) else {}
-        _check_fields(path, f"source.files[{i}].", file, {"name": str, "size": int, "sha256": str})
+        _check_fields(path, f"source.files[{i}]", file, _FILE_FIELDS)
     for part in ("tensors", "files"):
         for name, entry in said.get(part, {}).items():
-            entry = entry if isinstance(entry, dict) else {}
-            _check_fields(path, f"{part}.{name}.", entry, {"sha256": str})
+            _check_fields(path, f"{part}.{name}", entry, {"sha256": str})
     return said
 
 
-_FIELDS = {"format": str, "engine": dict, "seed": int, "source": dict, "method": str,
-           "group_size": int, "bits": int, "twin": dict, "tensors": dict}
+_FIELDS = {"format": str, "engine": {"name": str, "version": str}, "seed": int,
+           "source": {"files": list, "tensor_types": dict}, "method": str, "group_size": int,
+           "bits": int, "twin": {"id": str, "kind": str}, "tensors": dict}
+_FILE_FIELDS = {"name": str, "size": int, "sha256": str}
 
 
-def _check_fields(path, where, said, kinds):
-    for field, kind in kinds.items():
-        if not isinstance(said.get(field), kind):
-            raise FileFormatError(path, where + field, f"want {kind.__name__}, got {said.get(field)!r}")
+def _check_fields(path, where, value, fields) -> None:
+    """A dict with these fields: a type, or the fields of a dict in it."""
+    if not isinstance(value, dict):
+        raise FileFormatError(path, where, f"want dict, got {quote(value)}")
+    for key, kind in fields.items():
+        name, found = f"{where}.{key}" if where else key, value.get(key)
+        if isinstance(kind, dict):
+            _check_fields(path, name, found, kind)
+        elif type(found) is not kind:
+            raise FileFormatError(path, name, f"want {kind.__name__}, got {quote(found)}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,9 @@ import numpy as np
 from . import hf, ops, provenance
 from .checkpoint import Checkpoint, Spec, Tensor, model_specs, open_checkpoint
 from .codes import GROUP, LARGEST, SCALES, to_bfloat16
+from .config import read_json
 from .decoder.linear import as_matrix
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, FileFormatError, InputError
 from .files.safetensors import SafetensorsFile, SafetensorsWriter
 from .progress import progress
 from .sampling import checkpoint_settings, to_generation_config
@@ -150,15 +152,24 @@ class Twin:
 
     def prepare(self) -> None:
         """Make DIR.partial, or take over the complete files of a run that was killed."""
-        log = self.partial / _LOG
-        if log.exists():
-            said = json.loads(log.read_text(encoding="utf-8"))
-            if said.get("identity") == self.identity:
-                self.digests = {name: digests for name, digests in said["files"].items()
-                                if _is_intact(self.partial / name, digests)}
-                return
+        complete = self._read_log()
+        if complete is not None:
+            self.digests = {name: digests for name, digests in complete.items()
+                            if name in self.names and _is_intact(self.partial / name, digests)}
+            return
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir()
+
+    def _read_log(self) -> dict[str, dict[str, str]] | None:
+        """What an earlier run of the same noted down, or None; a log that cannot be read is none."""
+        try:
+            said = read_json(self.partial / _LOG)
+        except FileFormatError:
+            return None
+        files = said.get("files")
+        if said.get("identity") != self.identity or not isinstance(files, dict):
+            return None
+        return {name: digests for name, digests in files.items() if isinstance(digests, dict)}
 
     # -- the pass --
 
@@ -195,7 +206,8 @@ class Twin:
         if not keep:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def finish(self, checkpoint: Checkpoint, options: Options, sources: list[dict]) -> None:
+    def complete(self, checkpoint: Checkpoint, options: Options, sources: list[dict]) -> None:
+        """Everything but the tensors, on the disk."""
         directory, config = self.partial, checkpoint.config
         weight_map = {tensor: name for name in self.names for tensor in self.digests[name]}
         if len(self.files) > 1:
@@ -214,7 +226,12 @@ class Twin:
         _write_json(directory / provenance.FILE_NAME, provenance.describe(
             sources, checkpoint, options.method, options.group_size, self.bits, digests,
             provenance.digests_of_files(directory)))
-        directory.rename(self.directory)
+        for path in directory.iterdir():  # or the renamed directory could hold empty files
+            _sync(path)
+
+    def publish(self) -> None:
+        """DIR.partial becomes DIR."""
+        self.partial.rename(self.directory)
 
 
 _LOG = "complete_files.json"
@@ -252,12 +269,18 @@ def _identity(checkpoint: Checkpoint, bits: int, options: Options) -> str:
 
 def _is_intact(path: Path, digests: dict[str, str]) -> bool:
     """Whether a file that an earlier run completed still has the bytes it wrote."""
-    if not path.exists():
+    try:
+        tensors = SafetensorsFile.open(path).tensors
+    except FileFormatError:
         return False
-    tensors = SafetensorsFile.open(path).tensors
     return set(tensors) == set(digests) and all(
         hashlib.sha256(tensors[name].data.reshape(-1).view(np.uint8)).hexdigest() == digest
         for name, digest in digests.items())
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _write_json(path: Path, value) -> None:
@@ -454,8 +477,11 @@ def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: st
                 sources = hashing.result()
             finally:
                 stop.set()
+        checkpoint.file.check_unchanged()
         for twin in twins:
-            twin.finish(checkpoint, options, sources)
+            twin.complete(checkpoint, options, sources)
+        for twin in twins:
+            twin.publish()
     except (KeyboardInterrupt, OSError):  # a disk that is full, a user who will come back
         for twin in twins:
             twin.abort(keep=True)
@@ -476,7 +502,7 @@ def _describe_sources(checkpoint: Checkpoint, advance, stop: Event) -> list[dict
 
 
 def checked_options(group_size, scale, shard_bytes=SHARD_BYTES) -> Options:
-    if not isinstance(group_size, int) or not 2 <= group_size <= 1 << 20 or group_size % 2:
+    if not isinstance(group_size, int) or not 2 <= group_size <= provenance.MAX_GROUP or group_size % 2:
         raise InputError(f"group size: want an even number from 2 on, got {group_size!r}")
     if scale not in SCALES:
         raise InputError(f"scale: want {' or '.join(SCALES)}, got {scale!r}")

@@ -136,8 +136,10 @@ class ReferenceModel:
 
         state: continued and updated; None starts afresh.  chunk: tokens computed at a time (all at
         once by default).  record: called with (name, float64 [tokens, features]) for every module's
-        output.  Errors: InputError for ids or a chunk out of range.
+        output.  Errors: InputError for ids or a chunk out of range, FileFormatError when the model's
+        file has changed since it was opened.
         """
+        self.checkpoint.file.check_unchanged()
         ids = as_ids(ids, self.config.vocab_size)
         state = self.new_state() if state is None else state
         record = record or (lambda name, value: None)

@@ -20,13 +20,16 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .config import read_hf_config
-from .errors import FileFormatError, InputError
+from .errors import FileFormatError, InputError, quote
 from .files.gguf import GGUF
+from .files.strict_json import read_object
 
 # Source: transformers' models/qwen3_5/tokenization_qwen3_5.py, PRETOKENIZE_REGEX.
 QWEN35_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
     r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# The family's older one, without \p{M}.
+QWEN2_PATTERN = QWEN35_PATTERN.replace(r"[\p{L}\p{M}]", r"\p{L}").replace(r"\p{M}", "")
 
 END_TEXTS = ("<|im_end|>", "<|endoftext|>")
 PUBLISHED_END = 248044, "<|endoftext|>"  # an id and a text that only the published vocabulary pairs
@@ -95,15 +98,16 @@ class Tokenizer:
         Errors: FileFormatError when it is none or no byte-level BPE; InputError without `tokenizers`.
         """
         library = _tokenizers()
+        text = _dumps(_family_json(path))
         try:
-            backend = library.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+            backend = library.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise FileFormatError(path, "file", f"want a tokenizer.json: {error}") from None
-        kinds = type(backend.model).__name__, type(backend.decoder).__name__
-        if kinds != ("BPE", "ByteLevel"):
-            raise FileFormatError(path, "model, decoder", f"want BPE, ByteLevel, got {', '.join(kinds)}")
-        ids = backend.get_vocab(with_added_tokens=True).values()
-        return cls(backend, max(vocab_size or 0, max(ids, default=-1) + 1), end_ids)
+            raise FileFormatError(path, "file", f"want a tokenizer.json, got: {error}") from None
+        last = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if last >= (vocab_size or MAX_TOKENS):
+            raise FileFormatError(path, "model.vocab", f"want ids of 0 to "
+                                  f"{(vocab_size or MAX_TOKENS) - 1}, got {last}")
+        return cls(backend, vocab_size or last + 1, end_ids)
 
     @classmethod
     def open(cls, model) -> Tokenizer:
@@ -225,6 +229,56 @@ def _tokenizers():
     return tokenizers
 
 
+# ---- a tokenizer.json -------------------------------------------------------------------------
+
+MAX_TOKENS = 1 << 24
+
+
+def _family_json(path) -> dict:
+    """What a tokenizer.json says of the parts that this family has; FileFormatError for others.
+
+    The library is not shown the rest: it panics on parts that contradict each other, past `except
+    Exception` and with pages on stderr, and a pattern of the file's own may backtrack for minutes.
+    Truncation, padding and post-processing are left out, since `encode` uses none.
+    """
+    said = read_object(path)
+
+    def part(name, *types):
+        value = said.get(name)
+        kind = value.get("type") if isinstance(value, dict) else value
+        if kind not in types:
+            want = " or ".join("null" if t is None else t for t in types)
+            raise FileFormatError(path, name, f"want {want}, got {quote(kind)}")
+        return value
+
+    model = part("model", "BPE")
+    for key, plain in (("dropout", (None, 0)), ("continuing_subword_prefix", (None, "")),
+                       ("end_of_word_suffix", (None, "")), ("byte_fallback", (None, False))):
+        if model.get(key) not in plain:
+            raise FileFormatError(path, f"model.{key}", f"want none, got {quote(model[key])}")
+    pre_tokenizer = part("pre_tokenizer", "Sequence", "ByteLevel")
+    _check_patterns(path, pre_tokenizer)
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": said.get("added_tokens", []),
+            "normalizer": part("normalizer", None, "NFC"), "pre_tokenizer": pre_tokenizer,
+            "post_processor": None, "decoder": part("decoder", "ByteLevel"), "model": model}
+
+
+def _check_patterns(path, pre_tokenizer) -> None:
+    if pre_tokenizer["type"] == "ByteLevel":
+        return
+    field, parts = "pre_tokenizer.pretokenizers", pre_tokenizer.get("pretokenizers")
+    kinds = parts
+    if isinstance(parts, list):
+        kinds = [p.get("type") if isinstance(p, dict) else p for p in parts]
+    if kinds != ["Split", "ByteLevel"]:
+        raise FileFormatError(path, field, f"want Split and ByteLevel, got {quote(kinds)}")
+    pattern = parts[0].get("pattern")
+    if pattern not in ({"Regex": QWEN35_PATTERN}, {"Regex": QWEN2_PATTERN}):
+        raise FileFormatError(path, field,
+                              f"want the pattern of Qwen3.5 or Qwen2, got {quote(pattern)}")
+
+
 # ---- a GGUF's vocabulary ---------------------------------------------------------------------
 
 
@@ -330,13 +384,17 @@ class _Vocabulary:
             "bos_token": None,
             "clean_up_tokenization_spaces": False,
             "eos_token": self.tokens[self.end_ids[0]] if self.end_ids else None,
-            "model_max_length": self.metadata.get("qwen35moe.context_length", 262144),
+            "model_max_length": self._context_length(),
             "pad_token": self._pad_token(),
             "split_special_tokens": False,
             "unk_token": None,
         }
 
     # ---- parts ----
+
+    def _context_length(self) -> int:
+        key = "qwen35moe.context_length"
+        return self.metadata.require(key, int) if key in self.metadata else 262144
 
     def _model_vocabulary(self) -> dict[str, int]:
         """Text -> id of what the BPE makes, and of added tokens where the library needs their ids.

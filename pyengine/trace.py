@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import FileFormatError
+from .errors import FileFormatError, quote
 from .files.safetensors import SafetensorsFile, SafetensorsWriter
 
 FORMAT = "pyengine-trace-1"
@@ -48,7 +48,8 @@ class Trace:
         file = SafetensorsFile.open(Path(path))
         ids = file.tensors.get(IDS)
         if ids is None or ids.dtype != "I64" or len(ids.shape) != 1:
-            raise FileFormatError(path, IDS, "want int64 [T]")
+            got = "none" if ids is None else f"{ids.dtype} {list(ids.shape)}"
+            raise FileFormatError(path, IDS, f"want I64 [T], got {got}")
         order = _order(file, path)
         return cls(ids.data, {name: file.tensors[name].data for name in order},
                    file.metadata.get("arithmetic", ""))
@@ -57,17 +58,21 @@ class Trace:
 def _order(file, path) -> list[str]:
     if file.metadata.get("format") != FORMAT:
         raise FileFormatError(path, "metadata format",
-                              f"want {FORMAT!r}, got {file.metadata.get('format')!r}")
+                              f"want {FORMAT!r}, got {quote(file.metadata.get('format'))}")
     try:
         order = json.loads(file.metadata.get("order", ""))
     except (ValueError, RecursionError):
         order = None
     names = set(file.tensors) - {IDS}
     if not isinstance(order, list) or not all(isinstance(n, str) for n in order):
-        raise FileFormatError(path, "metadata order", "want a JSON list of names")
+        got = quote(file.metadata.get("order"))
+        raise FileFormatError(path, "metadata order", f"want a JSON list of names, got {got}")
     if len(set(order)) != len(order) or set(order) != names:
         odd = sorted(set(order) ^ names) or ["a name twice"]
-        raise FileFormatError(path, "metadata order", f"want every tensor once, got {odd[0]!r}")
+        raise FileFormatError(path, "metadata order", f"want every tensor once, got {quote(odd[0])}")
+    unprintable = next((name for name in order if not name.isprintable()), None)
+    if unprintable is not None:  # they are module paths, and reports print them
+        raise FileFormatError(path, "metadata order", f"want module paths, got {quote(unprintable)}")
     return order
 
 

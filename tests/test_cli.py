@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and one line for whatever is wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -155,6 +156,51 @@ def test_context_and_reverse_prompt(capsys):
 ])
 def test_bad_input_is_one_line(capsys, arguments, message):
     assert message in fails(capsys, *arguments)
+
+
+def hostile_files(folder):
+    """One file of each kind that means harm -> {kind: path}."""
+    quantized = folder / "int8"
+    assert run("quantize", MODEL, "--int8", quantized) == 0
+    for name in ("config", "generation", "index", "data", "tokenizer"):
+        shutil.copytree(quantized, folder / name)
+    (folder / "config" / "config.json").write_text('{"hidden_size": ' + "[" * 10**5)
+    (folder / "generation" / "generation_config.json").write_text('{"eos_token_id": 1e999}')
+    (folder / "index" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}')
+    (folder / "data" / "model.safetensors").write_bytes(b"\xff" * 100)
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"model": {"type": "BPE", "dropout": 1}}')
+    (folder / "43.gguf").write_bytes(b"GGUF\3" + bytes(11) + b"\1" + bytes(7) + b"\xff" * 19)
+    (folder / "the-trace").write_bytes(b"\2" + bytes(7) + b"{}")
+    np.save(folder / "objects.npy", np.array([{}]), allow_pickle=True)
+    (folder / "ids").write_text("1 \x1b[2J")
+
+
+def test_hostile_files_are_one_line_each(tmp_path, capsys):
+    hostile_files(tmp_path)
+    out, before = tmp_path / "out", sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    for arguments, message in [
+        (["info", "config"], "config/config.json: file: want a JSON object, got one nested too deeply"),
+        (["info", "generation"], "generation/generation_config.json: eos_token_id: want token ids, got inf"),
+        (["info", "index"], "index/model.safetensors.index.json: weight_map a: want the name of a file in "
+         "this folder, got '../x'"),
+        (["info", "data"], f"data/model.safetensors: header length: want 2 to 92 bytes, got {2**64 - 1}"),
+        (["info", "43.gguf"], f"43.gguf: key 0: want a length of 1 to 65535 bytes, got {2**64 - 1}"),
+        (["generate", "-m", "tokenizer", "-p", "x"], "tokenizer/tokenizer.json: model.dropout: want none, got 1"),
+        (["verify", "the-trace", "the-trace"], "the-trace: input_ids: want I64 [T], got none"),
+        (["logits", "-m", MODEL, "--ids-file", "objects.npy", "-o", out], "objects.npy: want token ids as "
+         "text or .npy, got: Array can't be memory-mapped: Python objects in dtype."),
+        (["logits", "-m", MODEL, "--ids-file", "ids", "-o", out], "ids: want integers, got '\\x1b[2J'"),
+        (["trace", "-m", "data", "--ids", "1", "-o", out], "data/model.safetensors: header length: want 2 to "
+         f"92 bytes, got {2**64 - 1}"),
+        (["quantize", "43.gguf", "--int8", out], "43.gguf: key 0: want a length of 1 to 65535 bytes, "
+         f"got {2**64 - 1}"),
+        (["verify-files", "data"], f"data/model.safetensors: header length: want 2 to 92 bytes, got {2**64 - 1}"),
+    ]:
+        paths = [tmp_path / word if (tmp_path / str(word)).exists() and word != MODEL else word
+                 for word in arguments]
+        assert fails(capsys, *paths) == f"pyengine: {tmp_path}/{message}\n", arguments
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # In a directory of its own, so that the installed package is what runs.

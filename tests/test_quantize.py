@@ -196,7 +196,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, a
 def test_a_damaged_file_of_an_interrupted_run_is_written_again(tmp_path, monkeypatch):
     quantize(PLAIN, tmp_path / "whole", shard_bytes=40_000)
     with monkeypatch.context() as patch:
-        patch.setattr(Twin, "finish", _interrupt)
+        patch.setattr(Twin, "complete", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             quantize(PLAIN, tmp_path / "int8", shard_bytes=40_000)
     damaged = sorted((tmp_path / "int8.partial").glob("model-*"))[2]

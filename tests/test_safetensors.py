@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pyengine.errors import CheckpointError, FileFormatError
 from pyengine.files.safetensors import (
     DTYPES,
+    INDEX_NAME,
     SafetensorsDirectory,
     SafetensorsFile,
     SafetensorsWriter,
@@ -235,44 +236,58 @@ def test_directory_of_a_single_file(tmp_path):
 ONE, TWO = "model-1.safetensors", "model-2.safetensors"
 
 
+OUTSIDE = [f"../{TWO}", "/etc/passwd", "..", ".", "", "..\\x", "x\0", "a:b", 3, None]
+
+
+def index_fault(directory):
+    with pytest.raises(FileFormatError) as caught:
+        SafetensorsDirectory.open(directory)
+    return str(caught.value).removeprefix(f"{directory}/")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_names_files_of_its_folder_only(directory, name):
+    write_index(directory, {"a": ONE, "b": name})
+    assert index_fault(directory) == (
+        f"{INDEX_NAME}: weight_map b: want the name of a file in this folder, got {name!r}")
+
+
 @pytest.mark.parametrize("weight_map, message", [
-    ({"a": ONE, "b": "../" + TWO}, "weight_map b: want the name of a file in this folder"),
-    ({"a": ONE, "b": "/etc/passwd"}, "weight_map b: want the name of a file"),
-    ({"a": ONE, "b": ".."}, "weight_map b: want the name of a file"),
-    ({"a": ONE, "b": ""}, "weight_map b: want the name of a file"),
-    ({"a": ONE, "b": "..\\x"}, "weight_map b: want the name of a file"),
-    ({"a": ONE, "b": "x\0"}, "weight_map b: want the name of a file"),
-    ({"a": ONE, "b": 3}, "weight_map b: want the name of a file"),
-    ({}, "weight_map: want an object"),
-    ([ONE], "weight_map: want an object"),
-    ({"a": ONE, "b": "model-3.safetensors"}, "model-3.safetensors: file: cannot be read"),
-    ({"a": ONE, "b": TWO, "c": TWO}, "index.json: tensor c: want it in model-2.safetensors"),
-    ({"b": TWO, "c": ONE}, "model-1.safetensors: tensor a: want it in nowhere"),
-    ({"a": TWO, "b": TWO}, "model-2.safetensors|index.json: tensor a"),
-    ({"a": TWO, "b": ONE}, "model-1.safetensors: tensor a: want it in model-2.safetensors"),
+    ({}, f"{INDEX_NAME}: weight_map: want an object of tensor and file names, got {{}}"),
+    ([ONE], f"{INDEX_NAME}: weight_map: want an object of tensor and file names, got ['{ONE}']"),
+    (None, f"{INDEX_NAME}: weight_map: want an object of tensor and file names, got None"),
+    ({"a": ONE, "b": "model-3.safetensors"},
+     "model-3.safetensors: file: want a file that can be read, got: No such file or directory"),
+    ({"a": ONE, "b": TWO, "c": TWO}, f"{INDEX_NAME}: tensor c: want it in {TWO}, got none"),
+    ({"b": TWO, "c": ONE}, f"{ONE}: tensor a: want it in nowhere by {INDEX_NAME}, got it here"),
+    ({"a": TWO, "b": TWO}, f"{INDEX_NAME}: tensor a: want it in {TWO}, got none"),
+    ({"a": TWO, "b": ONE}, f"{ONE}: tensor a: want it in {TWO} by {INDEX_NAME}, got it here"),
+    ({"a": ONE, "b": INDEX_NAME}, f"{INDEX_NAME}: header length: want 2 to 104 bytes, got "
+     "7017841271895827067"),
 ])  # fmt: skip
 def test_index_faults(directory, weight_map, message):
     write_index(directory, weight_map)
-    with pytest.raises(FileFormatError, match=message):
-        SafetensorsDirectory.open(directory)
+    assert index_fault(directory) == message
 
 
 @pytest.mark.parametrize("text, message", [
-    (b'{"weight_map": {"a": "x", "a": "y"}}', "index: .* duplicate key 'a'"),
+    (b'{"weight_map": {"a": "x", "a": "y"}}', "index: want a JSON object, got the key 'a' twice"),
     (b"[1]", "index: want a JSON object, got a list"),
-    (b"{", "index: want a JSON object"),
-    (b"", "file: want some bytes"),
+    (b"[" * 100_000, "index: want a JSON object, got one nested too deeply"),
+    (b'{"a": Infinity}', "index: want a JSON object, got the number Infinity"),
+    (b"{1}", "index: want a JSON object, got Expecting property name enclosed in double quotes: "
+     "line 1 column 2 (char 1)"),
+    (b"", "file: want some bytes, got an empty file"),
 ])  # fmt: skip
 def test_index_text_faults(directory, text, message):
-    (directory / "model.safetensors.index.json").write_bytes(text)
-    with pytest.raises(FileFormatError, match=message):
-        SafetensorsDirectory.open(directory)
+    (directory / INDEX_NAME).write_bytes(text)
+    assert index_fault(directory) == f"{INDEX_NAME}: {message}"
 
 
 def test_an_index_of_100_mb_is_refused(directory):
-    os.truncate(directory / "model.safetensors.index.json", 100_000_001)
-    with pytest.raises(FileFormatError, match="file: want at most 100000000 bytes"):
-        SafetensorsDirectory.open(directory)
+    os.truncate(directory / INDEX_NAME, 100_000_001)
+    assert index_fault(directory) == (
+        f"{INDEX_NAME}: index: want at most 100000000 bytes, got 100000001")
 
 
 # --- hostile files ----------------------------------------------------------
@@ -284,69 +299,115 @@ HOSTILE = {
     "header longer than the file": (
         struct.pack("<Q", 100) + b"{}", "header length: want 2 to 2 bytes, got 100"
     ),
-    "header of 2^64-1": (struct.pack("<Q", 2**64 - 1) + b"{}", "header length: want 2 to 2 bytes"),
+    "header of 2^64-1": (struct.pack("<Q", 2**64 - 1) + b"{}",
+        "header length: want 2 to 2 bytes, got 18446744073709551615"),
     "header of 0": (bytes(16), "header length: want 2 to 8 bytes, got 0"),
-    "not UTF-8": (file_bytes(b'{"\xff": 1}'), "header: want a JSON object, .* decode"),
-    "not JSON": (file_bytes(b"{abc}"), "header: want a JSON object"),
+    "not UTF-8": (file_bytes(b'{"\xff": 1}'),
+        "header: want a JSON object, got 'utf-8' codec can't decode byte 0xff in position "
+        "2: invalid start byte"),
+    "not JSON": (file_bytes(b"{abc}"),
+        "header: want a JSON object, got Expecting property name enclosed in double "
+        "quotes: line 1 column 2 (char 1)"),
     "not an object": (file_bytes([1]), "header: want a JSON object, got a list"),
-    "nested": (file_bytes(b"[" * 200_000), "header: want a JSON object"),
-    "long number": (file_bytes(b'{"a":' + b"1" * 5000 + b"}"), "header|tensor a"),
-    "not a number": (file_bytes(b'{"a": NaN}'), "header: .* the number NaN"),
+    "nested": (file_bytes(b"[" * 200_000), "header: want a JSON object, got one nested too deeply"),
+    "nested in an entry": (file_bytes(b'{"a":' + b"[" * 200 + b"]" * 200 + b"}"),
+        "tensor a: want dtype, shape and data_offsets, got [[[[...]]]]"),
+    "text behind": (file_bytes(b"{} {}"),
+        "header: want a JSON object, got Extra data: line 1 column 4 (char 3)"),
+    "byte order mark": (file_bytes(b"\xef\xbb\xbf{}"),
+        "header: want a JSON object, got Unexpected UTF-8 BOM (decode using utf-8-sig): "
+        "line 1 column 1 (char 0)"),
+    "size 1e400": (file_bytes(b'{"a":{"dtype":"U8","shape":[1e400],"data_offsets":[0,1]}}', b"1"),
+        "tensor a: want a shape of sizes below 2^63, got [inf]"),
+    "offset 2^63": (file_bytes({"a": {**entry(0, 1), "data_offsets": [0, 2**63]}}, b"1"),
+        "tensor a: want data_offsets [begin, end], got [0, 9223372036854775808]"),
+    "offsets of 2^63 - 1": (
+        file_bytes({"a": entry(2**63 - 2, 2**63 - 1)}, b"1"),
+        "tensor a: want data from 0 on, got 9223372036854775806: a hole"
+    ),
+    "no tensors": (file_bytes({}, b"1"), "data: want 0 bytes, got 1: trailing bytes"),
+    "entry with a field more": (file_bytes({"a": {**entry(0, 1), "x": 1}}, b"1"),
+        "tensor a: want dtype, shape and data_offsets, got {'data_offsets': [0, 1], "
+        "'dtype': 'U8', 'shape': [1], 'x': 1}"),
+    "long number": (file_bytes(b'{"a":' + b"1" * 5000 + b"}"),
+        "header: want a JSON object, got an integer of 5000 digits"),
+    "not a number": (file_bytes(b'{"a": NaN}'), "header: want a JSON object, got the number NaN"),
     "duplicate name": (
         file_bytes(b'{"a":' + DUPLICATE + b',"a":' + DUPLICATE + b"}", b"1"),
-        "header: .* duplicate key 'a'",
+        "header: want a JSON object, got the key 'a' twice",
     ),
     "duplicate field": (
         file_bytes(b'{"a":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}', b"1"),
-        "header: .* duplicate key 'dtype'",
+        "header: want a JSON object, got the key 'dtype' twice",
     ),
-    "metadata": (file_bytes({"__metadata__": {"a": 1}}), "__metadata__: want an object of strings"),
-    "metadata list": (file_bytes({"__metadata__": []}), "__metadata__: want an object of strings"),
+    "metadata": (file_bytes({"__metadata__": {"a": 1}}),
+        "__metadata__: want an object of strings, got {'a': 1}"),
+    "metadata list": (file_bytes({"__metadata__": []}),
+        "__metadata__: want an object of strings, got []"),
     "entry": (file_bytes({"a": 3}), "tensor a: want dtype, shape and data_offsets, got 3"),
     "entry without shape": (
-        file_bytes({"a": {"dtype": "U8", "data_offsets": [0, 0]}}), "tensor a: want dtype, shape"
+        file_bytes({"a": {"dtype": "U8", "data_offsets": [0, 0]}}),
+        "tensor a: want dtype, shape and data_offsets, got {'data_offsets': [0, 0], "
+        "'dtype': 'U8'}"
     ),
-    "dtype": (file_bytes({"a": entry(0, 1, "Q8")}, b"1"), "a: want a known dtype, got 'Q8'"),
-    "dtype list": (file_bytes({"a": entry(0, 1, [])}, b"1"), "a: want a known dtype"),
-    "negative size": (file_bytes({"a": entry(0, 1, "U8", [-1])}, b"1"), "a: want a shape"),
-    "size true": (file_bytes({"a": entry(0, 1, "U8", [True])}, b"1"), "a: want a shape"),
-    "size 1.0": (file_bytes({"a": entry(0, 1, "U8", [1.0])}, b"1"), "a: want a shape"),
-    "size 2^63": (file_bytes({"a": entry(0, 1, "U8", [2**63])}, b"1"), "a: want a shape"),
-    "33 dimensions": (file_bytes({"a": entry(0, 1, "U8", [1] * 33)}, b"1"), "a: want a shape"),
+    "dtype": (file_bytes({"a": entry(0, 1, "Q8")}, b"1"), "tensor a: want a known dtype, got 'Q8'"),
+    "dtype list": (file_bytes({"a": entry(0, 1, [])}, b"1"), "tensor a: want a known dtype, got []"),
+    "negative size": (file_bytes({"a": entry(0, 1, "U8", [-1])}, b"1"),
+        "tensor a: want a shape of sizes below 2^63, got [-1]"),
+    "size true": (file_bytes({"a": entry(0, 1, "U8", [True])}, b"1"),
+        "tensor a: want a shape of sizes below 2^63, got [True]"),
+    "size 1.0": (file_bytes({"a": entry(0, 1, "U8", [1.0])}, b"1"),
+        "tensor a: want a shape of sizes below 2^63, got [1.0]"),
+    "size 2^63": (file_bytes({"a": entry(0, 1, "U8", [2**63])}, b"1"),
+        "tensor a: want a shape of sizes below 2^63, got [9223372036854775808]"),
+    "33 dimensions": (file_bytes({"a": entry(0, 1, "U8", [1] * 33)}, b"1"),
+        "tensor a: want at most 32 dimensions, got 33"),
     "offsets reversed": (
-        file_bytes({"a": {**entry(0, 1), "data_offsets": [1, 0]}}, b"1"), "a: want data_offsets"
+        file_bytes({"a": {**entry(0, 1), "data_offsets": [1, 0]}}, b"1"),
+        "tensor a: want data_offsets [begin, end], got [1, 0]"
     ),
     "three offsets": (
-        file_bytes({"a": {**entry(0, 1), "data_offsets": [0, 1, 1]}}, b"1"), "want data_offsets"
+        file_bytes({"a": {**entry(0, 1), "data_offsets": [0, 1, 1]}}, b"1"),
+        "tensor a: want data_offsets [begin, end], got [0, 1, 1]"
     ),
-    "negative offset": (file_bytes({"a": entry(-1, 0)}, b"1"), "a: want data_offsets"),
+    "negative offset": (file_bytes({"a": entry(-1, 0)}, b"1"),
+        "tensor a: want data_offsets [begin, end], got [-1, 0]"),
     "shape unlike range": (
-        file_bytes({"a": entry(0, 8, "F32", [3])}, bytes(8)), "a: want 12 bytes for F32 .3., got 8"
+        file_bytes({"a": entry(0, 8, "F32", [3])}, bytes(8)),
+        "tensor a: want 12 bytes for F32 [3], got 8"
     ),
     "product overflows": (
-        file_bytes({"a": entry(0, 0, "F32", [2**32, 2**32])}), "a: want 73786976294838206464 bytes"
+        file_bytes({"a": entry(0, 0, "F32", [2**32, 2**32])}),
+        "tensor a: want 73786976294838206464 bytes for F32 [4294967296, 4294967296], got 0"
     ),
     "empty, product overflows": (
-        file_bytes({"a": entry(0, 0, "F32", [0, 2**32, 2**32])}), "tensor a: want 0 bytes"
+        file_bytes({"a": entry(0, 0, "F32", [0, 2**32, 2**32])}),
+        "tensor a: want sizes whose product is below 2^63, got [0, 4294967296, 4294967296]"
     ),
     "out of range": (
-        file_bytes({"a": entry(0, 9)}, bytes(8)), "a: want data within the file's 8 bytes, got .* 9"
+        file_bytes({"a": entry(0, 9)}, bytes(8)),
+        "tensor a: want data within the file's 8 bytes, got its end at 9"
     ),
     "overlap": (
         file_bytes({"a": entry(0, 4), "b": entry(3, 8)}, bytes(8)),
         "tensor b: want data from 4 on, got 3: an overlap",
     ),
     "twice the same": (
-        file_bytes({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8)), "tensor b: .* an overlap"
+        file_bytes({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8)),
+        "tensor b: want data from 8 on, got 0: an overlap"
     ),
     "hole": (
         file_bytes({"a": entry(0, 4), "b": entry(5, 8)}, bytes(8)),
         "tensor b: want data from 4 on, got 5: a hole",
     ),
-    "hole at the start": (file_bytes({"a": entry(1, 8)}, bytes(8)), "tensor a: .* a hole"),
-    "trailing bytes": (file_bytes({"a": entry(0, 7)}, bytes(8)), "data: want 7 bytes, got 8: tr"),
-    "control characters": (file_bytes({"a\n\x1b": 3}), r"tensor a\\n\\x1b: want dtype"),
-    "lone surrogate": (file_bytes({"\ud800": 3}), r"tensor \\ud800: want dtype"),
+    "hole at the start": (file_bytes({"a": entry(1, 8)}, bytes(8)),
+        "tensor a: want data from 0 on, got 1: a hole"),
+    "trailing bytes": (file_bytes({"a": entry(0, 7)}, bytes(8)),
+        "data: want 7 bytes, got 8: trailing bytes"),
+    "control characters": (file_bytes({"a\n\x1b": 3}),
+        "tensor a\\n\\x1b: want dtype, shape and data_offsets, got 3"),
+    "lone surrogate": (file_bytes({"\ud800": 3}),
+        "tensor \\ud800: want dtype, shape and data_offsets, got 3"),
 }  # fmt: skip
 
 
@@ -354,10 +415,10 @@ HOSTILE = {
 def test_hostile_file_is_one_clear_error(tmp_path, case):
     content, message = HOSTILE[case]
     path = write(tmp_path, content)
-    with pytest.raises(FileFormatError, match=message) as caught:
+    with pytest.raises(FileFormatError) as caught:
         SafetensorsFile.open(path)
     text = str(caught.value)
-    assert text.startswith(f"{path}: ") and text.isprintable() and len(text) < 1000
+    assert text == f"{path}: {message}" and text.isprintable() and len(text) < 1000
 
 
 def test_a_header_over_100_mb_is_refused(tmp_path):
@@ -365,17 +426,6 @@ def test_a_header_over_100_mb_is_refused(tmp_path):
     os.truncate(path, 200_000_000)
     with pytest.raises(FileFormatError, match="header length: want 2 to 100000000 bytes"):
         SafetensorsFile.open(path)
-
-
-@pytest.mark.parametrize("make", [
-    lambda path: None,
-    lambda path: path.mkdir(),
-    lambda path: os.mkfifo(path),
-], ids=["missing", "directory", "fifo"])  # fmt: skip
-def test_not_a_file(tmp_path, make):
-    make(tmp_path / "m")
-    with pytest.raises(FileFormatError, match="m: file: "):
-        SafetensorsFile.open(tmp_path / "m")
 
 
 VALID = file_bytes(

@@ -462,16 +462,107 @@ def test_faults_of_a_gguf(tmp_path, change, message):
     assert str(error.value) == f"{path}: {message}"
 
 
+def family_json(**change):
+    """A small tokenizer.json of the family with another top-level part."""
+    return {**json.loads((FIXTURE / "tokenizer.json").read_text(encoding="utf-8")), **change}
+
+
+def split(regex):
+    return {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel"}]}
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+
+
+def fault_of_json(path, text):
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    with pytest.raises(FileFormatError) as caught:
+        Tokenizer.from_file(path)
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
 @pytest.mark.parametrize("text, message", [
-    (None, "file: want a tokenizer.json"), ("{", "file: want a tokenizer.json"), ("{}", "file: want a token"),
-    ('{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}', "want BPE, ByteLevel, got Word"),
+    ("", "file: want some bytes, got an empty file"),
+    ("{", "file: want a JSON object, got Expecting property name enclosed in double quotes: line 1 "
+     "column 2 (char 1)"),
+    ("[]", "file: want a JSON object, got a list"),
+    ('{"a":' * 100000, "file: want a JSON object, got one nested too deeply"),
+    ("{}", "model: want BPE, got None"),
+    (dict(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "model: want BPE, got 'WordLevel'"),
+    (dict(model={**BPE, "dropout": 0.5}), "model.dropout: want none, got 0.5"),
+    (dict(model={**BPE, "end_of_word_suffix": "</w>"}), "model.end_of_word_suffix: want none, got '</w>'"),
+    (dict(decoder={"type": "WordPiece"}), "decoder: want ByteLevel, got 'WordPiece'"),
+    (dict(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+     "normalizer: want null or NFC, got 'Precompiled'"),
+    (dict(normalizer={"type": ["NFC"]}), "normalizer: want null or NFC, got ['NFC']"),
+    (dict(pre_tokenizer=None), "pre_tokenizer: want Sequence or ByteLevel, got None"),
+    (dict(pre_tokenizer={"type": "Sequence"}),
+     "pre_tokenizer.pretokenizers: want Split and ByteLevel, got None"),
+    (dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [3]}),
+     "pre_tokenizer.pretokenizers: want Split and ByteLevel, got [3]"),
+    (dict(pre_tokenizer=split("(a+)+$")), "pre_tokenizer.pretokenizers: want the pattern of Qwen3.5 or "
+     "Qwen2, got {'Regex': '(a+)+$'}"),
 ])
 def test_faults_of_a_tokenizer_json(tmp_path, text, message):
+    """What the library would panic on, or run for minutes, is refused before it sees it."""
+    text = text if isinstance(text, str) else family_json(**text)
+    assert fault_of_json(tmp_path / "tokenizer.json", text) == message
+
+
+@pytest.mark.parametrize("model", [
+    {**BPE, "vocab": {"a": -1}}, {**BPE, "vocab": {"a": 2**32}}, {**BPE, "vocab": [1]},
+    {**BPE, "merges": [["a", "b"]]}, {**BPE, "merges": 3}, {"type": "BPE"}])
+def test_what_the_library_refuses_is_one_line(tmp_path, model):
+    message = fault_of_json(tmp_path / "tokenizer.json", family_json(model=model))
+    assert message.startswith("file: want a tokenizer.json, got: ") and message.isprintable()
+
+
+def test_ids_beyond_the_model(tmp_path):
     path = tmp_path / "tokenizer.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(FileFormatError, match=message):
-        Tokenizer.from_file(path)
+    message = fault_of_json(path, family_json(model={**BPE, "vocab": {"a": 2**32 - 1}}, added_tokens=[]))
+    assert message == "model.vocab: want ids of 0 to 16777215, got 4294967295"
+    with pytest.raises(FileFormatError, match="model.vocab: want ids of 0 to 638, got 639"):
+        Tokenizer.from_file(FIXTURE / "tokenizer.json", 639)
+
+
+def test_truncation_padding_and_post_processing_are_left_out(tmp_path):
+    text = family_json(
+        truncation={"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5},
+        padding={"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": None,
+                 "pad_id": 0, "pad_type_id": 0, "pad_token": "x"},
+        post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "X", "type_id": 0}}],
+                        "pair": [], "special_tokens": {}})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(text))
+    ours = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    assert ours.encode("the end") == Tokenizer.from_file(FIXTURE / "tokenizer.json").encode("the end")
+
+
+@pytest.mark.parametrize("tokens, types, merges, message", [
+    ([], [], [], "tokenizer.ggml.tokens: want list of str, got no such key"),
+    ([b"\xff\xfe"], [NORMAL], [], "tokenizer.ggml.tokens: want UTF-8, got b'\\xff\\xfe' at index 0"),
+    ("text", [NORMAL], [], "tokenizer.ggml.tokens: want list of str, got string"),
+    ([1, 2], [NORMAL], [], "tokenizer.ggml.tokens: want list of str, got array of 2 int32"),
+    (["a"], [1.0], [], "tokenizer.ggml.token_type: want list of int, got array of 1 float32"),
+    (["a"], [NORMAL], [" "], "tokenizer.ggml.merges: want two tokens that make a third, got ' ' at index 0"),
+    (["a", "aa"], [NORMAL] * 2, ["a a a"],
+     "tokenizer.ggml.merges: want two tokens that make a third, got 'a a a' at index 0"),
+])
+def test_hostile_lists_of_a_gguf(tmp_path, tokens, types, merges, message):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen35moe")
+    for key, value in (("model", "gpt2"), ("pre", "qwen35"), ("tokens", tokens), ("token_type", types),
+                       ("merges", merges)):
+        add = writer.add_string if isinstance(value, str) else writer.add_array
+        if value != []:
+            add(f"tokenizer.ggml.{key}", value)
+    writer.add_tensor("t", np.zeros(32, np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file,
+                 writer.close):
+        step()
+    with pytest.raises(FileFormatError) as caught:
+        Tokenizer.from_gguf(tmp_path / "m.gguf")
+    assert str(caught.value) == f"{tmp_path / 'm.gguf'}: {message}"
 
 
 def test_faults_of_arguments(small):

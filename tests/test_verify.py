@@ -8,7 +8,7 @@ from rewrite import GOLDEN
 
 import pyengine
 from pyengine.errors import FileFormatError, InputError
-from pyengine.files.safetensors import SafetensorsWriter
+from pyengine.files.safetensors import DTYPES, SafetensorsWriter
 from pyengine.trace import Trace, record_trace
 from pyengine.verify import compare, compare_tensors
 
@@ -87,22 +87,54 @@ def test_nothing_to_compare(trace):
         compare(trace, Trace(trace.ids, {"other": np.zeros((5, 1), np.float32)}))
 
 
+def write_trace(path, metadata=None, tensors=(("input_ids", "I64", (1,)), ("a", "F32", (1, 1)))):
+    metadata = {"format": "pyengine-trace-1", "order": json.dumps(["a"])} | (metadata or {})
+    with SafetensorsWriter(path, tensors, {k: v for k, v in metadata.items() if v is not None}) as writer:
+        for name, dtype, shape in tensors:
+            writer.write(name, np.zeros(shape, DTYPES[dtype]))
+    return path
+
+
+ORDER = "metadata order: want a JSON list of names, got "
+
+
 @pytest.mark.parametrize("change, message", [
-    ({"format": "other"}, "metadata format: want 'pyengine-trace-1'"),
-    ({"order": "["}, "metadata order: want a JSON list"),
+    ({"format": "other"}, "metadata format: want 'pyengine-trace-1', got 'other'"),
+    ({"format": None}, "metadata format: want 'pyengine-trace-1', got None"),
+    ({"order": None}, ORDER + "None"),
+    ({"order": "["}, ORDER + "'['"),
+    ({"order": "[" * 100_000}, ORDER + "'" + "[" * 97 + "..." + "[" * 98 + "'"),
+    ({"order": "[1]"}, ORDER + "'[1]'"),
+    ({"order": '{"a": 1}'}, ORDER + """'{"a": 1}'"""),
     ({"order": '["a", "a"]'}, "metadata order: want every tensor once, got 'a name twice'"),
     ({"order": "[]"}, "metadata order: want every tensor once, got 'a'"),
     ({"order": '["a", "b"]'}, "metadata order: want every tensor once, got 'b'"),
-    ({"order": "[1]"}, "metadata order: want a JSON list"),
 ])
 def test_a_file_that_is_no_trace(tmp_path, change, message):
-    path = tmp_path / "t.safetensors"
-    metadata = {"format": "pyengine-trace-1", "order": json.dumps(["a"])} | change
-    with SafetensorsWriter(path, [("input_ids", "I64", (1,)), ("a", "F32", (1, 1))], metadata) as writer:
-        writer.write("input_ids", np.zeros(1, np.int64))
-        writer.write("a", np.zeros((1, 1), np.float32))
-    with pytest.raises(FileFormatError, match=message):
+    path = write_trace(tmp_path / "t.safetensors", change)
+    with pytest.raises(FileFormatError) as caught:
         Trace.load(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+@pytest.mark.parametrize("tensors, message", [
+    ([("a", "F32", (1, 1))], "input_ids: want I64 [T], got none"),
+    ([("input_ids", "F32", (1,)), ("a", "F32", (1, 1))], "input_ids: want I64 [T], got F32 [1]"),
+    ([("input_ids", "I64", (1, 1)), ("a", "F32", (1, 1))], "input_ids: want I64 [T], got I64 [1, 1]"),
+])
+def test_traces_without_their_ids(tmp_path, tensors, message):
+    path = write_trace(tmp_path / "t.safetensors", tensors=tensors)
+    with pytest.raises(FileFormatError) as caught:
+        Trace.load(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_names_that_would_write_on_a_terminal(tmp_path):
+    path = write_trace(tmp_path / "t.safetensors", {"order": json.dumps(["a\x1b[2J"])},
+                       [("input_ids", "I64", (1,)), ("a\x1b[2J", "F32", (1, 1))])
+    with pytest.raises(FileFormatError) as caught:
+        Trace.load(path)
+    assert str(caught.value) == f"{path}: metadata order: want module paths, got 'a\\x1b[2J'"
 
 
 def test_chunks_are_joined(trace):

@@ -182,20 +182,48 @@ def test_an_older_provenance_can_be_read_but_not_checked(twins, capsys):
 # ---- provenance that cannot be read ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("field, value, message", [
-    ("tensors", [], "tensors: want dict, got"), ("files", 1, "files: want dict, got 1"),
-    ("seed", "x", "seed: want int"), ("engine", {}, "engine.name: want str, got None"),
-    ("source", {"files": [1], "tensor_types": {}}, r"source.files\[0\].name: want str"),
-    ("tensors", {"a": 1}, "tensors.a.sha256: want str"), ("format", "x", "want 'noesis-provenance-2'"),
+NONE = object()
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("p") / "int8"
+    quantize(PLAIN, directory)
+    return json.loads((directory / "noesis_provenance.json").read_text())
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"format": "x"}, "format: want 'noesis-provenance-2', got 'x'"),
+    ({"format": NONE}, "format: want str, got None"),
+    ({"engine": []}, "engine: want dict, got []"),
+    ({"engine": {"name": "pyengine"}}, "engine.version: want str, got None"),
+    ({"source": NONE}, "source: want dict, got None"),
+    ({"source": {"files": {}, "tensor_types": {}}}, "source.files: want list, got {}"),
+    ({"source": {"files": ["x"], "tensor_types": {}}}, "source.files[0]: want dict, got 'x'"),
+    ({"source": {"files": [{"name": "x", "size": "1"}], "tensor_types": {}}},
+     "source.files[0].size: want int, got '1'"),
+    ({"tensors": []}, "tensors: want dict, got []"),
+    ({"tensors": {"a\x1b[2J": 1}}, "tensors.a\\x1b[2J: want dict, got 1"),
+    ({"tensors": {"a": {"sha256": 1}}}, "tensors.a.sha256: want str, got 1"),
+    ({"twin": {"id": None, "kind": "int8"}}, "twin.id: want str, got None"),
+    ({"group_size": 0}, "group_size: want an even number from 2 to 1048576, got 0"),
+    ({"group_size": 33}, "group_size: want an even number from 2 to 1048576, got 33"),
+    ({"group_size": 10**19}, f"group_size: want an even number from 2 to 1048576, got {10**19}"),
+    ({"group_size": True}, "group_size: want int, got True"),
+    ({"bits": 8.0}, "bits: want int, got 8.0"),
 ])
-def test_provenance_that_is_broken(twins, field, value, message):
-    path = twins[0] / provenance.FILE_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    with pytest.raises(FileFormatError, match=message):
-        verify_files(twins[0])
+def test_provenance_that_is_broken(tmp_path, said, capsys, change, message):
+    path = tmp_path / "noesis_provenance.json"
+    path.write_text(json.dumps({k: v for k, v in (said | change).items() if v is not NONE}))
+    for command in (["verify-files", tmp_path], ["verify-files", tmp_path, "--source", PLAIN],
+                    ["info", tmp_path, "--provenance"]):
+        assert main([str(word) for word in command]) == 2
+        assert capsys.readouterr() == ("", f"pyengine: {path}: {message}\n")
 
 
 def test_provenance_that_is_missing(twins, capsys):
-    (twins[0] / provenance.FILE_NAME).unlink()
-    assert main(["verify-files", str(twins[0])]) == 2
-    assert "no such file" in capsys.readouterr().err
+    int8, _ = twins
+    (int8 / "noesis_provenance.json").unlink()
+    with pytest.raises(FileFormatError, match="want a file that can be read, got: No such file"):
+        verify_files(int8)
+    assert main(["verify-files", str(int8)]) == 2

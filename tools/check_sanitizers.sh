@@ -1,7 +1,7 @@
 #!/bin/sh
-# tests/test_kernels.py against a build of the C core with AddressSanitizer and
-# UndefinedBehaviorSanitizer, made in a temporary folder.  Then, where there is clang, kernels_main.c
-# with clang's.  Arguments go to pytest.  Two minutes.
+# tests/test_kernels.py, and $FUZZ_SECONDS (20) of models that mean harm, against a build of the C core
+# with AddressSanitizer and UndefinedBehaviorSanitizer, made in a temporary folder.  Then, where there
+# is clang, kernels_main.c with clang's.  Arguments go to pytest.  Three minutes.
 #
 # Needs gcc and $PYTHON (python3) with numpy, cffi, setuptools, pytest and hypothesis.
 set -eu
@@ -33,6 +33,11 @@ echo "gcc: tests/test_kernels.py"
 LD_PRELOAD=$(gcc -print-file-name=libasan.so) PYTHONPATH=$package \
     PYENGINE_SANITIZED_BUILD=$build/base PYTHONDONTWRITEBYTECODE=1 \
     "$PYTHON" -m pytest -p no:cacheprovider -q -m "not slow" "$@" "$source/tests/test_kernels.py"
+
+echo "gcc: tools/fuzz_files.py model"
+LD_PRELOAD=$(gcc -print-file-name=libasan.so) PYTHONPATH=$package \
+    PYENGINE_SANITIZED_BUILD=$build/base PYTHONDONTWRITEBYTECODE=1 \
+    "$PYTHON" "$source/tools/fuzz_files.py" model --seconds "${FUZZ_SECONDS:-20}" --findings "$build/findings"
 
 command -v clang >/dev/null || { echo "no clang: kernels_main.c left out"; exit 0; }
 echo "clang: tests/kernels_main.c"

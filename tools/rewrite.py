@@ -15,8 +15,11 @@ def rewrite(source, destination, metadata=None, tensors=None, drop=()):
     """Copy a GGUF.  metadata: {key: (value, GGUFValueType[, of an array's elements]) or None to leave out};
     tensors: {name: (stored array, GGMLQuantizationType)} changed or added; drop: names left out."""
     file = GGUF.open(source)
-    writer = GGUFWriter(destination, file.metadata["general.architecture"])
-    _write_metadata(writer, file, metadata or {})
+    metadata = dict(metadata or {})
+    architecture, *_ = metadata.pop("general.architecture",
+                                   (file.metadata["general.architecture"], None))
+    writer = GGUFWriter(destination, architecture)
+    _write_metadata(writer, file, metadata)
     stored = {name: (t.data, t.type) for name, t in file.tensors.items() if name not in drop}
     for name, (data, kind) in (stored | (tensors or {})).items():
         if kind == GGMLQuantizationType.BF16:
@@ -46,7 +49,7 @@ def _write_metadata(writer, file, changes):
         if change is not None:
             value, kind, *element = change
             writer.add_key_value(key, value, kind, *(
-                element or ([GGUFValueType.BOOL] if kind == GGUFValueType.ARRAY else [])))
+                (element or [GGUFValueType.BOOL]) if kind == GGUFValueType.ARRAY else []))
 
 
 def split_gguf(source, stem, parts):

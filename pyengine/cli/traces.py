@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -26,7 +28,10 @@ def _logits(options):
     partial = output.with_name(output.name + ".partial")
     try:
         with open(partial, "wb") as file:
-            np.save(file, logits)
+            # Given the file itself, NumPy writes past Python and loses the error of a full disk.
+            np.save(SimpleNamespace(write=file.write), logits)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)

@@ -81,8 +81,10 @@ class LockedModel:
         state: continued and updated; None starts afresh.  chunk: tokens computed at a time; it
         bounds memory and changes no bit.  record: called with (name, float32 [tokens, features])
         for every module's output, in the order of execution, chunk by chunk.
-        Errors: InputError for ids or a chunk out of range, NonFiniteError naming the tensor.
+        Errors: InputError for ids or a chunk out of range, NonFiniteError naming the tensor,
+        FileFormatError when the model's file has changed since it was opened.
         """
+        self.checkpoint.file.check_unchanged()
         ids = as_ids(ids, self.config.vocab_size)
         state = self.new_state() if state is None else state
         chunk = as_chunk(self.chunk if chunk is None else chunk)

@@ -16,9 +16,7 @@ its length u64, then its elements.
 import dataclasses
 import math
 import mmap
-import os
 import re
-import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,13 +27,15 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from pyengine.errors import FileFormatError
+from pyengine.files.mapped import map_file
 
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
 MAX_KEY_BYTES = 65535  # the specification's limit
 MAX_NAME_BYTES = 64  # the specification's limit
 MAX_DIMS = 4
-MAX_STRINGS = 1 << 24  # empty strings cost a sparse file nothing, and the walk time
+MAX_ENTRIES = 1 << 16  # keys, and tensors; what a file may make us walk is bounded, since a
+MAX_STRINGS = 1 << 22  # sparse file costs nothing: strings in all arrays together, bools in one
 
 # What one entry takes at least; bounds the counts before any loop is entered.
 MIN_KEY_VALUE_BYTES = 8 + 1 + 4 + 1
@@ -75,20 +75,6 @@ SCAN_CHUNK_BYTES = 64 << 20
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-
-
-def map_file(path):
-    """Map a regular file read-only -> mmap. FileFormatError when missing, empty or special."""
-    try:
-        # Before open: opening a FIFO would wait for a writer.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise FileFormatError(path, "file", "want a regular file")
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise FileFormatError(path, "file", "want some bytes, got an empty file")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise FileFormatError(path, "file", f"cannot be read: {error}") from error
 
 
 # --- metadata ---------------------------------------------------------------
@@ -312,7 +298,7 @@ class _Header:
         self.path = path
         self.buffer = map_file(path)
         self.size = len(self.buffer)
-        self.position = 0
+        self.position, self.strings_left = 0, MAX_STRINGS
         self.version, n_tensors, n_values = self._read_preamble()
         values = self._read_values(n_values)
         self.metadata = Metadata(path, self.buffer, values)
@@ -363,6 +349,8 @@ class _Header:
         limit = (self.size - self.position) // min_bytes
         if count > limit:
             self.fail(field, f"want at most {limit} in what is left of the file, got {count}")
+        if count > MAX_ENTRIES:
+            self.fail(field, f"want at most {MAX_ENTRIES}, got {count}")
 
     def _read_values(self, count):
         """-> dict: key -> (ValueType, position of the value, after an array's own header)."""
@@ -371,7 +359,7 @@ class _Header:
         for index in range(count):
             key = self._name(f"key {index}", MAX_KEY_BYTES)
             if key in values:
-                self.fail(key, "duplicate key")
+                self.fail(key, f"want every key once, got it again as key {index}")
             values[key] = self._read_value(key)
         return values
 
@@ -401,6 +389,8 @@ class _Header:
         """Step over `count` scalars -> the position of the first."""
         position = self._take(count * SCALAR_DTYPES[kind].itemsize, key)
         if kind == GGUFValueType.BOOL:
+            if count > MAX_STRINGS:
+                self.fail(key, f"want at most {MAX_STRINGS} bools, got {count}")
             stored = np.ndarray((count,), np.uint8, self.buffer, position)
             if (stored > 1).any():
                 self.fail(key, f"want bools of 0 or 1, got {stored[stored > 1][0]}")
@@ -412,9 +402,10 @@ class _Header:
         A length leads to the next one, so this walk is the only way to the next
         key, and its loop is the cost of opening: nothing but the step is in it.
         """
-        limit = min(MAX_STRINGS, (self.size - self.position) // 8)
+        limit = min(self.strings_left, (self.size - self.position) // 8)
         if count > limit:
             self.fail(key, f"want at most {limit} strings, got {count}")
+        self.strings_left -= count
         start = position = self.position
         buffer, length_at = self.buffer, _U64.unpack_from
         try:
@@ -447,7 +438,7 @@ class _Header:
         for index in range(count):
             name = self._name(f"tensor {index}", MAX_NAME_BYTES)
             if name in infos:
-                self.fail(f"tensor {name}", "duplicate tensor name")
+                self.fail(f"tensor {name}", f"want every name once, got it again as tensor {index}")
             infos[name] = self._read_tensor_info(f"tensor {name}")
         data_start = -(-self.position // self.alignment) * self.alignment
         self._check_ranges(infos, data_start)
@@ -532,6 +523,12 @@ class GGUF:
         self.paths = tuple(header.path for header in headers)
         self.size = sum(header.size for header in headers)
         self.tensors = MappingProxyType(_merge_tensors(headers))
+        self._buffers = [header.buffer for header in headers]
+
+    def check_unchanged(self):
+        """FileFormatError if a file is no longer what was opened: see `MappedFile`."""
+        for buffer in self._buffers:
+            buffer.check_unchanged()
 
 
 def _open_other_splits(first):
@@ -570,7 +567,7 @@ def _merge_tensors(headers):
     for header in headers:
         for name, tensor in header.tensors.items():
             if name in tensors:
-                problem = f"duplicate tensor, also in {tensors[name].path}"
+                problem = f"want it in one split, got it in {tensors[name].path} too"
                 raise FileFormatError(header.path, f"tensor {name}", problem)
             tensors[name] = tensor
     if len(headers) > 1 and "split.tensors.count" in first.metadata:

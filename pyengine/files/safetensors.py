@@ -16,10 +16,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from pyengine.errors import CheckpointError, FileFormatError
-from pyengine.files.gguf import map_file
+from pyengine.errors import CheckpointError, FileFormatError, quote
+from pyengine.files.mapped import map_file
+from pyengine.files.strict_json import MAX_BYTES as MAX_HEADER_BYTES
+from pyengine.files.strict_json import parse_object, read_object
 
-MAX_HEADER_BYTES = 100_000_000
 WRITEBACK_BYTES = 64 << 20
 MAX_DIMS = 32  # also keeps the product of hostile dimensions small
 INDEX_NAME = "model.safetensors.index.json"
@@ -86,6 +87,11 @@ class SafetensorsFile:
         }
         _check_tiling(path, tensors.values(), data_start, self.size)
         self.tensors = MappingProxyType(tensors)
+        self._buffer = buffer
+
+    def check_unchanged(self):
+        """FileFormatError if the file is no longer what was opened: see `MappedFile`."""
+        self._buffer.check_unchanged()
 
 
 def _read_header(path, buffer):
@@ -96,39 +102,13 @@ def _read_header(path, buffer):
     limit = min(MAX_HEADER_BYTES, len(buffer) - 8)
     if not 2 <= length <= limit:
         raise FileFormatError(path, "header length", f"want 2 to {limit} bytes, got {length}")
-    return _parse_object(path, "header", buffer[8 : 8 + length]), 8 + length
-
-
-def _parse_object(path, field, text):
-    """Strict JSON: UTF-8, an object, no key twice, no NaN -> dict."""
-    try:
-        value = json.loads(
-            text.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant
-        )
-    except (ValueError, RecursionError) as error:  # ValueError: all of JSON's and UTF-8's
-        raise FileFormatError(path, field, f"want a JSON object, got {error}") from error
-    if not isinstance(value, dict):
-        raise FileFormatError(path, field, f"want a JSON object, got a {type(value).__name__}")
-    return value
-
-
-def _unique_keys(pairs):
-    # json itself keeps the last of two equal keys in silence.
-    value = {}
-    for key, item in pairs:
-        if key in value:
-            raise ValueError(f"duplicate key {key!r}")
-        value[key] = item
-    return value
-
-
-def _no_constant(name):
-    raise ValueError(f"the number {name}")
+    return parse_object(path, "header", buffer[8 : 8 + length]), 8 + length
 
 
 def _check_metadata(path, metadata):
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FileFormatError(path, "__metadata__", "want an object of strings")
+        problem = f"want an object of strings, got {quote(metadata)}"
+        raise FileFormatError(path, "__metadata__", problem)
     return metadata
 
 
@@ -136,22 +116,25 @@ def _view(path, buffer, data_start, name, entry):
     """One header entry, checked by itself -> TensorView; its range is not checked yet."""
     field = f"tensor {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        problem = f"want dtype, shape and data_offsets, got {entry!r:.200}"
+        problem = f"want dtype, shape and data_offsets, got {quote(entry)}"
         raise FileFormatError(path, field, problem)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise FileFormatError(path, field, f"want a known dtype, got {dtype!r:.200}")
-    if not _are_sizes(shape) or len(shape) > MAX_DIMS:
-        problem = f"want a shape of at most {MAX_DIMS} sizes below 2^63, got {shape!r:.200}"
-        raise FileFormatError(path, field, problem)
+        raise FileFormatError(path, field, f"want a known dtype, got {quote(dtype)}")
+    if not _are_sizes(shape):
+        raise FileFormatError(path, field, f"want a shape of sizes below 2^63, got {quote(shape)}")
+    if len(shape) > MAX_DIMS:
+        raise FileFormatError(path, field, f"want at most {MAX_DIMS} dimensions, got {len(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        problem = f"want data_offsets [begin, end], got {offsets!r:.200}"
+        problem = f"want data_offsets [begin, end], got {quote(offsets)}"
         raise FileFormatError(path, field, problem)
     begin, end = offsets
     nbytes = _nbytes(dtype, shape)
-    # Without its zeros too: NumPy refuses an empty array of overflowing shape.
-    if nbytes != end - begin or _nbytes(dtype, [n for n in shape if n]) >= 1 << 63:
+    if nbytes != end - begin:
         problem = f"want {nbytes} bytes for {dtype} {shape}, got {end - begin}"
+        raise FileFormatError(path, field, problem)
+    if _nbytes(dtype, [n for n in shape if n]) >= 1 << 63:  # NumPy refuses it, empty or not
+        problem = f"want sizes whose product is below 2^63, got {shape}"
         raise FileFormatError(path, field, problem)
     return TensorView(path, name, dtype, tuple(shape), nbytes, data_start + begin, buffer)
 
@@ -207,10 +190,16 @@ class SafetensorsDirectory:
             single = SafetensorsFile.open(path / SINGLE_NAME)
             files, tensors = [single], single.tensors
         else:
-            raise FileFormatError(path, "directory", f"want {INDEX_NAME} or {SINGLE_NAME}")
+            problem = f"want {INDEX_NAME} or {SINGLE_NAME}, got neither"
+            raise FileFormatError(path, "directory", problem)
         self.files = tuple(files)
         self.size = sum(file.size for file in files)
         self.tensors = MappingProxyType(dict(tensors))
+
+    def check_unchanged(self):
+        """FileFormatError if a file is no longer what was opened: see `MappedFile`."""
+        for file in self.files:
+            file.check_unchanged()
 
 
 def _open_index(index):
@@ -233,16 +222,13 @@ def _open_index(index):
 
 def _read_weight_map(index):
     """-> dict: tensor name -> plain name of a file beside the index."""
-    text = map_file(index)
-    if len(text) > MAX_HEADER_BYTES:
-        problem = f"want at most {MAX_HEADER_BYTES} bytes, got {len(text)}"
-        raise FileFormatError(index, "file", problem)
-    weight_map = _parse_object(index, "index", text[:]).get("weight_map")
+    weight_map = read_object(index, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FileFormatError(index, "weight_map", "want an object of tensor and file names")
+        problem = f"want an object of tensor and file names, got {quote(weight_map)}"
+        raise FileFormatError(index, "weight_map", problem)
     for name, file_name in weight_map.items():
         if not _is_plain_name(file_name):
-            problem = f"want the name of a file in this folder, got {file_name!r:.200}"
+            problem = f"want the name of a file in this folder, got {quote(file_name)}"
             raise FileFormatError(index, f"weight_map {name}", problem)
     return weight_map
 

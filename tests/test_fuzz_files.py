@@ -1,0 +1,82 @@
+"""tools/fuzz_files.py: every file of the corpus and some changed ones; and that it sees what it is for."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+import fuzz_files
+
+from pyengine.files import gguf, safetensors, strict_json
+
+READERS = ["gguf", "safetensors", "trace", "json", "ids", "model"]
+
+
+@pytest.fixture(autouse=True)
+def readers_get_their_own_files_back(monkeypatch):
+    for module in (gguf, safetensors, strict_json):
+        monkeypatch.setattr(module, "map_file", module.map_file)
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """name -> a Watch."""
+
+    def make(name):
+        return fuzz_files.Watch(name, fuzz_files.TARGETS[name](), tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_fault_in_the_corpus_and_near_it(watched, name):
+    watch = watched(name)
+    runs = 40 if name == "model" else 1000
+    fuzz_files.run_mutator(watch, watch.target, runs, 60, fuzz_files.SEED)
+    assert watch.faults == 0, watch.report(1)
+    assert watch.inputs == runs and watch.accepted >= 1
+
+
+@pytest.mark.parametrize("name", ["gguf", "safetensors", "trace", "json"])
+def test_the_corpus_itself_is_accepted(watched, name):
+    watch = watched(name)
+    for data in watch.target.seeds:
+        watch(data)
+    assert watch.accepted == len(watch.target.seeds) and watch.faults == 0
+
+
+def test_taken_apart_and_put_together_is_the_same():
+    for name in READERS[:5]:
+        target = fuzz_files.TARGETS[name]()
+        for seed, fields in zip(target.seeds, target.pool):
+            assert b"".join(content for _, content in fields) == seed
+            assert len(fields) >= 4
+
+
+def raises(data):
+    raise KeyError("planted")
+
+
+FAULTS = {
+    "exception": (raises, "KeyError: 'planted'"),
+    "memory": (lambda data: bytes(50 << 20), "bytes for"),
+    "hang": (lambda data: _spin(1.1), " s"),
+}
+
+
+def _spin(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_kept(watched, monkeypatch, capsys, fault):
+    run, message = FAULTS[fault]
+    monkeypatch.setattr(fuzz_files, "SAMPLE", 1)
+    watch = watched("gguf")
+    watch.target.run = run
+    watch(b"input")
+    assert watch.faults == 1 and message in capsys.readouterr().out
+    assert (Path(watch.findings) / "gguf-1").read_bytes() == b"input"
+    assert watch.last[8:13] == b"input"  # should the process die
