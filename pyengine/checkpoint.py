@@ -176,7 +176,7 @@ class Spec(NamedTuple):
     gguf: str
     shape: tuple[int, ...]
     linear: bool = True
-    order: str | None = None  # what the converter reorders: see _orders
+    order: str | None = None  # what the converter reorders: see value_head_orders
     decode: object = None
 
 
@@ -283,7 +283,7 @@ class _GGUFTensors:
 
     def __init__(self, file, config):
         self.file, self.config = file, config
-        self.orders = _orders(config)
+        self.orders = value_head_orders(config)
         self.used = set()
 
     def read(self, spec: Spec) -> Tensor:
@@ -369,8 +369,9 @@ _GATE_UP = ("ffn_gate_up_exps.weight", {"ffn_gate_exps.weight": _ff_rows,
 _FUSED = {**dict.fromkeys(_QKV[1], _QKV), **dict.fromkeys(_GATE_UP[1], _GATE_UP)}
 
 
-def _orders(config: Config) -> dict[str, np.ndarray]:
-    """Where each of Hugging Face's rows lies in a GGUF, by what the rows are."""
+def value_head_orders(config: Config) -> dict[str, np.ndarray]:
+    """Where each of Hugging Face's rows lies in a GGUF, by what the rows are: heads, values,
+    value columns, channels."""
     keys, heads = config.linear_num_key_heads, config.linear_num_value_heads
     ratio = heads // keys
     grouped = np.arange(heads)

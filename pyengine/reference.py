@@ -99,24 +99,30 @@ def split_query_and_gate(q, heads):
 
 def rotate(x, positions, inv_freq):
     """x [T, heads, head_dim]; the first 2 * len(inv_freq) entries turn, in halves, not in pairs."""
-    angle = positions[:, None, None] * inv_freq.astype(np.float64)  # [T, 1, half]
+    angle = positions[:, None, None] * inv_freq  # [T, 1, half], float64 as positions
     cos, sin, half = np.cos(angle), np.sin(angle), len(inv_freq)
     x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
     return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
 
 
-def causal_attention(query, keys, values):
-    """query [T, heads, n] at the last T of the P positions; keys, values [P, kv_heads, n]."""
-    tokens, heads, n = query.shape
-    group = heads // keys.shape[1]
+def key_value_head(head, heads, kv_heads):
+    """Query head -> the head of the keys and values that it uses."""
+    return head // (heads // kv_heads)
+
+
+def attention_scores(query, keys):
+    """One head: query [T, n] at the last T of the P positions, keys [P, n] -> [T, P], -inf for what
+    lies in the future."""
+    tokens, n = query.shape
     start = len(keys) - tokens
-    out = np.empty_like(query)
-    future = np.arange(len(keys)) > start + np.arange(tokens)[:, None]  # [T, P]
-    for head in range(heads):
-        k, v = keys[:, head // group], values[:, head // group]  # [P, n]
-        score = query[:, head] @ k.T * n ** -0.5  # [T, P]
-        out[:, head] = softmax(np.where(future, -np.inf, score)) @ v
-    return out
+    score = query @ keys.T * n ** -0.5
+    future = np.arange(len(keys)) > start + np.arange(tokens)[:, None]
+    return np.where(future, -np.inf, score)
+
+
+def attention_mix(p, values):
+    """p [T, P], values [P, n] -> [T, n]."""
+    return p @ values
 
 
 # ---- delta net -------------------------------------------------------------------------------
@@ -159,6 +165,10 @@ def delta_rule(query, key, value, beta, log_decay, recurrent_state):
 # ---- router and experts ----------------------------------------------------------------------
 
 
+def router_probabilities(logits):
+    return softmax(logits)
+
+
 def select_experts(p, top_k):
     """p [T, experts] -> [T, top_k], by falling probability; of equal ones the lower index first."""
     return np.argsort(-p, axis=-1, kind="stable")[:, :top_k]
@@ -179,8 +189,9 @@ def weighted(y, weight):
 
 
 OPERATIONS = (add, linear, swiglu, gated, sigmoid, softmax, rms_norm, rms_norm_gated, l2_norm,
-              split_query_and_gate, rotate, causal_attention, causal_conv1d, repeat_heads, log_decay,
-              delta_rule, select_experts, routing_weights, weighted)
+              split_query_and_gate, rotate, key_value_head, attention_scores, attention_mix,
+              causal_conv1d, repeat_heads, log_decay, delta_rule, router_probabilities,
+              select_experts, routing_weights, weighted)
 
 
 class ReferenceModel:
@@ -223,7 +234,7 @@ class ReferenceModel:
         return np.concatenate(pieces).astype(np.float32)
 
     def run_layer(self, index: int, hidden, record) -> np.ndarray:
-        """One decoder layer from a fresh state: hidden float64 [T, H] -> [T, H]; record as forward's."""
+        """One decoder layer from a fresh state: hidden [T, H] -> [T, H]; record as forward's."""
         positions = np.arange(len(hidden), dtype=np.float64)
         state = self.new_state().layers[index]
         return self._layer(index, hidden, positions, state, _going_on(record))
@@ -318,9 +329,18 @@ class ReferenceModel:
 
         query, key = (op.rotate(v, positions, self.inv_freq) for v in (query, key))
         cache.append(key, value)
-        out = op.causal_attention(query, cache.keys, cache.values)  # [T, heads, n]
+        out = self._causal_attention(query, cache.keys, cache.values)  # [T, heads, n]
         out = op.gated(out, gate).reshape(len(x), -1)
         return record(name, self.linear(out, f"{name}.o_proj", record))
+
+    def _causal_attention(self, query, keys, values):
+        """query [T, heads, n] at the last T of the P positions; keys, values [P, kv heads, n]."""
+        op, out, heads = self.op, np.empty_like(query), query.shape[1]
+        for head in range(heads):
+            kv_head = op.key_value_head(head, heads, keys.shape[1])
+            p = op.softmax(op.attention_scores(query[:, head], keys[:, kv_head]))
+            out[:, head] = op.attention_mix(p, values[:, kv_head])
+        return out
 
     def _mlp(self, x, name, record):
         op = self.op
@@ -339,7 +359,7 @@ class ReferenceModel:
     def _gate(self, x, name, record):
         """The router -> routing weights, selected experts [T, top_k]."""
         op = self.op
-        p = op.softmax(self.linear(x, name, record))  # [T, experts]
+        p = op.router_probabilities(self.linear(x, name, record))  # [T, experts]
         selected = record(f"{name}.2", op.select_experts(p, self.config.num_experts_per_tok))
         return record(f"{name}.1", op.routing_weights(p, selected)), selected
 
