@@ -97,12 +97,25 @@ class Verdict:
         return [row for row in self.rows if row.status == GUILTY]
 
     def as_dict(self) -> dict:
-        return {"ok": self.ok, "budget": self.budget, "factor": self.factor, "rerun": self.rerun,
-                "first": self.first.name if self.first else None,
-                "guilty": [row.name for row in self.guilty],
-                "mistakes": [asdict(match) for match in self.mistakes],
-                "flips": [asdict(flip) for flip in self.flips], "missing": self.missing,
-                "unknown": self.unknown, "tensors": [asdict(row) for row in self.rows]}
+        """For JSON: what is not finite is None."""
+        differences = [row.difference for row in self.rows if row.difference]
+        return _finite({
+            "ok": self.ok, "equal": not differences, "compared": len(self.rows),
+            "budget": self.budget, "factor": self.factor, "rerun": self.rerun,
+            "first": self.first.name if self.first else None,
+            "guilty": [row.name for row in self.guilty],
+            "mistakes": [asdict(match) for match in self.mistakes],
+            "flips": [asdict(flip) for flip in self.flips], "missing": self.missing,
+            "unknown": self.unknown, "differences": [asdict(d) for d in differences],
+            "tensors": [asdict(row) for row in self.rows]})
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def judge_bits(reference: Trace, candidate: Trace, model: ReferenceModel | None = None) -> Verdict:

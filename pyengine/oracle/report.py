@@ -60,8 +60,9 @@ def _left_out(verdict) -> list[str]:
 
 def _findings(verdict) -> list[str]:
     lines = []
+    blame = " (by the float32 budget)" if verdict.budget == EXACT else ""
     if verdict.guilty:
-        lines.append("guilty, on the candidate's own inputs: "
+        lines.append(f"guilty, on the candidate's own inputs{blame}: "
                      + ", ".join(row.name for row in verdict.guilty[:3])
                      + (f" and {len(verdict.guilty) - 3} more" if len(verdict.guilty) > 3 else ""))
     elif verdict.rerun and not verdict.ok:
