@@ -276,9 +276,16 @@ def _swapped_query_and_key(query, key, value, beta, log_decay, state):
     return ref.delta_rule(key * scale, query / scale, value, beta, log_decay, state)
 
 
+def _tiled_heads_in_groups(x, ratio):
+    head = np.arange(x.shape[1] * ratio)
+    return x[:, (head % ratio * x.shape[1] + head // ratio) // ratio]
+
+
 DELTA_NET = [
-    Mistake("value heads are paired with key heads as if tiled (t mod n_k), not grouped", _operation(
+    Mistake("grouped value heads are paired with key heads as if tiled (g mod n_k)", _operation(
         repeat_heads=lambda x, ratio: np.tile(x, (1, ratio, 1)))),
+    Mistake("tiled value heads are paired with key heads as if grouped (t div ratio)", _operation(
+        repeat_heads=_tiled_heads_in_groups)),
     *(mistake for parameter in _ROWS for mistake in _tiled(parameter)),
     *_tiled("out_proj", axis=1),
     Mistake("conv1d's taps are reversed", _parameter("conv1d.weight", lambda w, m: w[..., ::-1])),
@@ -335,6 +342,16 @@ def _lost_conv(model, token):
         [conv(part, weight, np.zeros_like(state)) for part in (x[:token], x[token:])])
 
 
+def _late_conv(model, token):
+    conv = model.op.causal_conv1d
+
+    def causal_conv1d(x, weight, state):
+        window = np.concatenate([state, x[:token]])[-len(state) - 1:-1]
+        return np.concatenate([conv(x[:token], weight, state), conv(x[token:], weight, window)])
+
+    model.op.causal_conv1d = causal_conv1d
+
+
 def _lost_keys(model, token):
     scores = model.op.attention_scores
 
@@ -354,6 +371,7 @@ def _lost_both(model, token):
 STATES = [
     Mistake("the recurrent state is dropped", _lost_recurrent(), True),
     Mistake("the convolution's state is dropped", _lost_conv, True),
+    Mistake("the convolution's state is a token old", _late_conv, True),
     Mistake("the convolution's and the recurrent state are dropped", _lost_both, True),
     Mistake("the recurrent state is dropped at every chunk, the first", _lost_recurrent(True), True),
     Mistake("earlier keys and values are dropped", _lost_keys, True),
@@ -465,6 +483,7 @@ def diagnose(model: ReferenceModel, candidate: Trace, name: str, token: int, own
     if not is_choice(name):
         matches = _in_the_values(candidate.tensors[name], own[name], budget.own[name])
     with np.errstate(all="ignore"):
+        matches += _left_padding(model, candidate, name, own, budget)
         matches += _reproduced(model, candidate, name, token, own, budget)
     return sorted(matches, key=lambda match: match.share)
 
@@ -526,6 +545,36 @@ def _head(model, candidate, hidden, visit):
 
     with np.errstate(all="ignore"):
         model.run_head(hidden, record)
+
+
+def _left_padding(model, candidate, name, own, budget):
+    """Unmasked tokens before the first, seen in a first layer that is a delta net: the layer run on
+    them and on the candidate's own values."""
+    c = model.config
+    if not name.startswith("model.layers.0.linear_attn") or name not in budget.own:
+        return
+    pads = dict.fromkeys(token for token in (c.pad_token_id, *c.eos_token_ids, 0)
+                         if token is not None and token < c.vocab_size)
+    hidden = _input(model, candidate, "model.embed_tokens", own)
+    for pad in pads:
+        for count in range(1, NEAR + 1):
+            value = _padded(model, candidate, name, pad, count, hidden)
+            share = _share(candidate.tensors[name], value, budget.own[name])
+            if share <= 1:
+                yield Match(f"left padding is not masked: {count} tokens {pad} before the first", share)
+
+
+def _padded(model, candidate, name, pad, count, hidden):
+    found = {}
+
+    def record(reached, value):
+        theirs = usable(candidate, reached, value[count:], model.config.num_experts)
+        if reached == name:
+            found[name] = value[count:]
+        return None if theirs is None else np.concatenate([value[:count], theirs])
+
+    model.run_layer(0, np.concatenate([model.embed([pad] * count), hidden]), record)
+    return found.get(name)
 
 
 def _in_the_values(value, own, budget: Error) -> list[Match]:
