@@ -37,7 +37,8 @@ def int8_blocks(x, nearest=np.rint):
     """[T, n] -> codes [T, blocks, 32] int32, scales [T, blocks, 1]."""
     blocks = x.reshape(len(x), -1, 32)
     scale = (np.abs(blocks).max(-1, keepdims=True) / F(127)).astype(F)
-    return nearest(blocks / np.where(scale == 0, F(1), scale)).astype(np.int32), scale
+    codes = nearest(blocks / np.where(scale == 0, F(1), scale)).astype(np.int32)
+    return codes, scale.astype(np.float16).astype(F)  # as llama.cpp's Q8_0 keeps it
 
 
 class Peer:
@@ -78,21 +79,29 @@ class Peer:
         tensor = self.tensors[name]
         if not self.int8 or tensor.tensor_type != gguf.GGMLQuantizationType.Q8_0:
             return x @ w.T
-        raw = tensor.data if expert is None else tensor.data[expert]
-        raw = np.ascontiguousarray(raw).reshape(len(w), -1, 34)
-        codes = raw[..., 2:].view(np.int8).astype(np.int32)  # [rows, blocks, 32]
-        scales = np.ascontiguousarray(raw[..., :2]).view(np.float16).astype(F)[..., 0]
+        codes, scales = self.codes(name, expert, len(w))
         q, s = int8_blocks(x)
-        return np.einsum("tbr,tb,rb->tr", self.block_sums(q, codes), s[..., 0], scales).astype(F)
+        sums = self.block_sums(np.swapaxes(q, 0, 1), codes)
+        return (sums * np.swapaxes(s, 0, 1) * scales.T[:, None]).sum(0)
+
+    def codes(self, name, expert, rows):
+        """-> codes int32 [blocks, rows, 32], scales float32 [rows, blocks]."""
+        if (name, expert) not in self.weights:
+            data = self.tensors[name].data
+            raw = np.ascontiguousarray(data if expert is None else data[expert]).reshape(rows, -1, 34)
+            scales = np.ascontiguousarray(raw[..., :2]).view(np.float16).astype(F)[..., 0]
+            codes = np.swapaxes(raw[..., 2:].view(np.int8).astype(np.int32), 0, 1)
+            self.weights[name, expert] = np.ascontiguousarray(codes), scales
+        return self.weights[name, expert]
 
     def block_sums(self, q, codes):
-        """-> [T, blocks, rows]."""
+        """q [blocks, T, 32], codes [blocks, rows, 32] -> [blocks, T, rows]."""
         if "saturating" not in self.faults:
-            return np.einsum("tbi,rbi->tbr", q, codes).astype(F)
+            return q.astype(F) @ np.swapaxes(codes, 1, 2).astype(F)  # exact: below 2^24
         # vpmaddubsw: unsigned by signed, neighbours added in 16 bits that saturate.
-        pairs = ((q + 128)[:, :, None] * np.swapaxes(codes, 0, 1)[None]).reshape(
-            *q.shape[:2], len(codes), 16, 2).sum(-1).clip(-32768, 32767)
-        return (pairs.sum(-1) - 128 * np.swapaxes(codes, 0, 1).sum(-1)[None]).astype(F)
+        products = (q + 128)[:, :, None] * codes[:, None]
+        pairs = products.reshape(*products.shape[:3], 16, 2).sum(-1).clip(-32768, 32767)
+        return (pairs.sum(-1) - 128 * codes.sum(-1)[:, None]).astype(F)
 
     def norm(self, x, name):
         w = self.weight(name)  # the file holds 1 + weight

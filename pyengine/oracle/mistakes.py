@@ -475,10 +475,10 @@ def diagnose(model: ReferenceModel, candidate: Trace, name: str, token: int, own
 
     token: where it goes wrong first; own: what the right operations make of the candidate's inputs
     """
-    if name == "model.embed_tokens":
-        return _other_ids(model, candidate, own[name])
     if candidate.tensors[name].shape != own[name].shape:
         return []
+    if name == "model.embed_tokens":
+        return _other_ids(model, candidate, own[name])
     matches = []
     if not is_choice(name):
         matches = _in_the_values(candidate.tensors[name], own[name], budget.own[name])
