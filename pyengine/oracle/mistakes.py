@@ -7,6 +7,7 @@ step, on the candidate's own inputs, gives the candidate's output.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -321,35 +322,70 @@ DELTA_NET = [
 # ---- states lost -----------------------------------------------------------------------------
 
 
-def _lost_recurrent(every=False):
+def _once(token, length):
+    return [0, token]
+
+
+def _every_chunk(token, length):
+    return range(0, length, token)
+
+
+def _every_token(token, length):
+    return [0, *range(token, length)]
+
+
+def _pieces(starts, length):
+    starts = list(starts)
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length])]
+
+
+def _lost_recurrent(starts):
     def change(model, token):
         rule = model.op.delta_rule
 
         def delta_rule(query, key, value, beta, log_decay, state):
-            starts = range(0, len(query), token) if every else (0, token)
-            parts = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(query)])]
             return np.concatenate([rule(query[p], key[p], value[p], beta[p], log_decay[p],
-                                        np.zeros_like(state)) for p in parts])
+                                        np.zeros_like(state))
+                                   for p in _pieces(starts(token, len(query)), len(query))])
 
         model.op.delta_rule = delta_rule
 
     return change
 
 
-def _lost_conv(model, token):
-    conv = model.op.causal_conv1d
-    model.op.causal_conv1d = lambda x, weight, state: np.concatenate(
-        [conv(part, weight, np.zeros_like(state)) for part in (x[:token], x[token:])])
+def _lost_conv(starts):
+    def change(model, token):
+        conv = model.op.causal_conv1d
+        model.op.causal_conv1d = lambda x, weight, state: np.concatenate(
+            [conv(x[p], weight, np.zeros_like(state))
+             for p in _pieces(starts(token, len(x)), len(x))])
+
+    return change
 
 
-def _late_conv(model, token):
-    conv = model.op.causal_conv1d
+def _late_conv(starts):
+    """The window is the one before, in every piece but the first."""
 
-    def causal_conv1d(x, weight, state):
-        window = np.concatenate([state, x[:token]])[-len(state) - 1:-1]
-        return np.concatenate([conv(x[:token], weight, state), conv(x[token:], weight, window)])
+    def change(model, token):
+        conv = model.op.causal_conv1d
 
-    model.op.causal_conv1d = causal_conv1d
+        def causal_conv1d(x, weight, state):
+            window = np.concatenate([state, x[:token]])[-len(state) - 1:-1]
+            first, *others = _pieces(starts(token, len(x)), len(x))
+            return np.concatenate([conv(x[first], weight, state),
+                                   *(conv(x[p], weight, window.copy()) for p in others)])
+
+        model.op.causal_conv1d = causal_conv1d
+
+    return change
+
+
+def _both(*changes):
+    def change(model, token):
+        for one in changes:
+            one(model, token)
+
+    return change
 
 
 def _lost_keys(model, token):
@@ -363,17 +399,21 @@ def _lost_keys(model, token):
     model.op.attention_scores = attention_scores
 
 
-def _lost_both(model, token):
-    _lost_conv(model, token)
-    _lost_recurrent()(model, token)
-
-
 STATES = [
-    Mistake("the recurrent state is dropped", _lost_recurrent(), True),
-    Mistake("the convolution's state is dropped", _lost_conv, True),
-    Mistake("the convolution's state is a token old", _late_conv, True),
-    Mistake("the convolution's and the recurrent state are dropped", _lost_both, True),
-    Mistake("the recurrent state is dropped at every chunk, the first", _lost_recurrent(True), True),
+    Mistake("the recurrent state is dropped", _lost_recurrent(_once), True),
+    Mistake("the recurrent state is dropped at every chunk, the first", _lost_recurrent(_every_chunk),
+            True),
+    Mistake("the recurrent state is dropped at every token, the first", _lost_recurrent(_every_token),
+            True),
+    Mistake("the convolution's state is dropped", _lost_conv(_once), True),
+    Mistake("the convolution's state is dropped at every token, the first", _lost_conv(_every_token),
+            True),
+    Mistake("the convolution's state is a token old", _late_conv(_once), True),
+    Mistake("the convolution's state is a token old and stands still", _late_conv(_every_token), True),
+    Mistake("the convolution's and the recurrent state are dropped",
+            _both(_lost_conv(_once), _lost_recurrent(_once)), True),
+    Mistake("the convolution's and the recurrent state are dropped at every token, the first",
+            _both(_lost_conv(_every_token), _lost_recurrent(_every_token)), True),
     Mistake("earlier keys and values are dropped", _lost_keys, True),
 ]
 
@@ -483,13 +523,17 @@ def diagnose(model: ReferenceModel, candidate: Trace, name: str, token: int, own
     if not is_choice(name):
         matches = _in_the_values(candidate.tensors[name], own[name], budget.own[name])
     with np.errstate(all="ignore"):
-        matches += _left_padding(model, candidate, name, own, budget)
+        if token == 0:
+            matches += _left_padding(model, candidate, name, own, budget)
         matches += _reproduced(model, candidate, name, token, own, budget)
     return sorted(matches, key=lambda match: match.share)
 
 
 def _reproduced(model, candidate, name, token, own, budget):
+    used = _operations_before(model, candidate, name, own)
     for mistake in MISTAKES:
+        if _changed_operations(mistake.made(model, 1), model).isdisjoint(used):
+            continue
         places = range(token, max(0, token - NEAR), -1) if mistake.at_token else (0,)
         for place in places:
             value = _mistaken(mistake.made(model, place), candidate, name, own)
@@ -498,6 +542,30 @@ def _reproduced(model, candidate, name, token, own, budget):
                 at = f" at token {place}" if mistake.at_token else ""
                 yield Match(mistake.name + at, share)
                 break
+
+
+def _changed_operations(mistaken, model) -> set[str]:
+    """The operations that a mistake replaces; all of them if it changes something else too."""
+    same = vars(mistaken).get("weight") is vars(model).get("weight") and (
+        mistaken.inv_freq is model.inv_freq)
+    names = vars(model.op)
+    return {n for n in names if not same or vars(mistaken.op)[n] is not names[n]}
+
+
+def _operations_before(model, candidate, name, own) -> set[str]:
+    """The operations that run before the tensor in its layer."""
+    used, twin = set(), copy.copy(model)
+
+    def noted(operation, function):
+        def call(*arguments):
+            used.add(operation)
+            return function(*arguments)
+
+        return call
+
+    twin.op = SimpleNamespace(**{n: noted(n, function) for n, function in vars(model.op).items()})
+    _mistaken(twin, candidate, name, own)
+    return used
 
 
 def _share(value, mistaken, budget: Error | None) -> float:
@@ -571,9 +639,11 @@ def _padded(model, candidate, name, pad, count, hidden):
         theirs = usable(candidate, reached, value[count:], model.config.num_experts)
         if reached == name:
             found[name] = value[count:]
+            raise _Reached
         return None if theirs is None else np.concatenate([value[:count], theirs])
 
-    model.run_layer(0, np.concatenate([model.embed([pad] * count), hidden]), record)
+    with contextlib.suppress(_Reached):
+        model.run_layer(0, np.concatenate([model.embed([pad] * count), hidden]), record)
     return found.get(name)
 
 
