@@ -184,7 +184,7 @@ class Peer:
         q, k = (u / np.sqrt((u * u).sum(-1, keepdims=True) + F(1e-6)) for u in (q, k))
         t = np.arange(self.n_v)
         key_head = t // (self.n_v // self.n_k) if "heads" in self.faults else t % self.n_k
-        decay = self.log_decay(a, g)
+        decay = self.log_decay(a, g)  # [T, value heads]
         out = self.recurrence(q[:, key_head] * F(self.dk ** -0.5), k[:, key_head], v, sigmoid(b), decay,
                               state)
         w = self.weight(f"{g}.ssm_norm.weight")
@@ -222,7 +222,9 @@ class Peer:
             ssm_a = -np.exp(ssm_a)
         if "a_log_in_bfloat16" in self.faults:
             ssm_a = -np.exp(bfloat16(np.log(-ssm_a)))
-        return ssm_a * np.logaddexp(0, a + self.weight(f"{g}.ssm_dt.bias").reshape(-1)).astype(F)
+        with np.errstate(invalid="ignore"):  # one row plants a NaN
+            softplus = np.logaddexp(0, a + self.weight(f"{g}.ssm_dt.bias").reshape(-1))
+        return ssm_a * softplus.astype(F)
 
     def recurrence(self, q, k, v, beta, log_decay, state):
         out = np.empty_like(v)
