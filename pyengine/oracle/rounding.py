@@ -9,6 +9,7 @@ wider inside, their results narrow.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,7 +66,8 @@ def rounded_model(model: ReferenceModel, dtype: str, order: int) -> ReferenceMod
     operations = {name: _rounded(function, round_) for name, function in vars(model.op).items()}
     operations["linear"] = _rounded(_linear(order, inputs), round_)
     if order % 2:
-        operations["delta_rule"] = _rounded(chunked_delta_rule, round_)
+        sums = (_sums_forward, _sums_backward)[order // 2]
+        operations["delta_rule"] = _rounded(partial(chunked_delta_rule, sums=sums), round_)
     operations["attention_mix"] = _rounded(_linear(order, None, transposed=True), round_)
     twin.op = SimpleNamespace(**operations)
     twin.weight = lambda name, expert=None: round_(model.weight(name, expert))
@@ -121,7 +123,18 @@ def _columns(order, count):
     return np.random.default_rng([SEED, order]).permutation(count)
 
 
-def chunked_delta_rule(query, key, value, beta, log_decay, recurrent_state, chunk=64):
+def _sums_forward(log_decay):
+    return np.cumsum(log_decay, axis=0)
+
+
+def _sums_backward(log_decay):
+    """The same sums, made from the last: their rounding is as large as the chunk's whole decay."""
+    later = np.cumsum(log_decay[:0:-1], axis=0)[::-1]
+    return log_decay.sum(axis=0) - np.concatenate([later, np.zeros_like(log_decay[:1])])
+
+
+def chunked_delta_rule(query, key, value, beta, log_decay, recurrent_state, sums=_sums_forward,
+                       chunk=64):
     """reference.delta_rule, chunk by chunk: a triangular system in place of the tokens of a chunk.
 
     With G[t] the sum of log_decay up to t and D[t, s] = exp(G[t] - G[s]) for s <= t, the updates U of a
@@ -133,7 +146,7 @@ def chunked_delta_rule(query, key, value, beta, log_decay, recurrent_state, chun
         part = slice(start, start + chunk)
         # [value heads, C, n]
         q, k, v = (np.moveaxis(x[part], 1, 0) for x in (query, key, value))
-        b, total = beta[part].T[..., None], np.cumsum(log_decay[part], axis=0).T[..., None]
+        b, total = beta[part].T[..., None], sums(log_decay[part]).T[..., None]
         lower = np.tril(np.ones((q.shape[1],) * 2, bool))
         decay = np.exp(np.where(lower, total - np.swapaxes(total, 1, 2), -np.inf))
         system = np.where(lower, b * (k @ np.swapaxes(k, 1, 2)) * decay, 0)
