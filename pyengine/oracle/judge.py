@@ -204,7 +204,10 @@ def judge(model: ReferenceModel, candidate: Trace, budget: Budget) -> Verdict:
     rows = [_row(name, reference.tensors[name], candidate.tensors[name], own[name], budget,
                  wrong.get(name)) for name in comparison.compared]
     first = next((row for row in rows if row.status == GUILTY), None)
-    mistakes = diagnose(model, candidate, first.name, first.token or 0, own, budget) if first else []
+    mistakes = []
+    if first:
+        allowed = _own_budget(first.name, reference.tensors[first.name], own[first.name], budget)
+        mistakes = diagnose(model, candidate, first.name, first.token or 0, own, allowed)
     return Verdict(all(row.status == OK for row in rows), budget.dtype, budget.factor, rows, flips,
                    comparison.missing, comparison.unknown, True, mistakes)
 
@@ -218,11 +221,22 @@ def _row(name, truth, value, own, budget: Budget, choice) -> Row:
         return Row(name, status, 0.0, None, None, None, None, difference if choice else None, None)
     truth, own = truth.astype(np.float64), own.astype(np.float64)
     error, alone = Error.between(value, truth), Error.between(value, own)
-    total_share, own_share = error.share_of(budget.total[name]), alone.share_of(budget.own[name])
+    allowed = _own_budget(name, truth, own, budget)
+    total_share, own_share = error.share_of(budget.total[name]), alone.share_of(allowed)
     status = GUILTY if own_share > 1 else INHERITED if total_share > 1 else OK
-    token = {GUILTY: lambda: _first_token(value, own, budget.own[name]), OK: lambda: None,
+    token = {GUILTY: lambda: _first_token(value, own, allowed), OK: lambda: None,
              INHERITED: lambda: _first_token(value, truth, budget.total[name])}[status]()
     return Row(name, status, _rms(truth), error, alone, total_share, own_share, difference, token)
+
+
+def _own_budget(name, truth, own, budget: Budget) -> Error | None:
+    """Of an operation alone.  Measured on the reference's values, it grows with the candidate's: an
+    error before may have made them larger, and what rounds them as well."""
+    if name not in budget.own or truth.shape != own.shape:
+        return budget.own.get(name)
+    with np.errstate(all="ignore"):
+        growth = _rms(own) / _rms(truth)
+    return budget.own[name].times(growth if 1 < growth < np.inf else 1)
 
 
 def _following(model, candidate, budget) -> tuple[Trace, list[Flip]]:

@@ -19,7 +19,7 @@ from .. import reference as ref
 from ..checkpoint import value_head_orders
 from ..reference import ReferenceModel
 from ..trace import Trace
-from .budget import Budget, Error
+from .budget import Error
 from .rerun import is_choice, layer_values, usable
 from .rounding import to_bfloat16, to_float16, to_int8_and_back
 
@@ -510,10 +510,11 @@ class _Reached(Exception):
 
 
 def diagnose(model: ReferenceModel, candidate: Trace, name: str, token: int, own: dict,
-             budget: Budget) -> list[Match]:
+             budget: Error | None) -> list[Match]:
     """The mistakes that turn the candidate's own inputs of `name` into its output; the nearest first.
 
-    token: where it goes wrong first; own: what the right operations make of the candidate's inputs
+    token: where it goes wrong first; own: what the right operations make of the candidate's inputs;
+    budget: of the operation alone, None for the experts' numbers
     """
     if candidate.tensors[name].shape != own[name].shape:
         return []
@@ -521,7 +522,7 @@ def diagnose(model: ReferenceModel, candidate: Trace, name: str, token: int, own
         return _other_ids(model, candidate, own[name])
     matches = []
     if not is_choice(name):
-        matches = _in_the_values(candidate.tensors[name], own[name], budget.own[name])
+        matches = _in_the_values(candidate.tensors[name], own[name], budget)
     with np.errstate(all="ignore"):
         if token == 0:
             matches += _left_padding(model, candidate, name, own, budget)
@@ -537,7 +538,7 @@ def _reproduced(model, candidate, name, token, own, budget):
         places = range(token, max(0, token - NEAR), -1) if mistake.at_token else (0,)
         for place in places:
             value = _mistaken(mistake.made(model, place), candidate, name, own)
-            share = _share(candidate.tensors[name], value, budget.own.get(name))
+            share = _share(candidate.tensors[name], value, budget)
             if share <= 1:
                 at = f" at token {place}" if mistake.at_token else ""
                 yield Match(mistake.name + at, share)
@@ -619,7 +620,7 @@ def _left_padding(model, candidate, name, own, budget):
     """Unmasked tokens before the first, seen in a first layer that is a delta net: the layer run on
     them and on the candidate's own values."""
     c = model.config
-    if not name.startswith("model.layers.0.linear_attn") or name not in budget.own:
+    if not name.startswith("model.layers.0.linear_attn"):
         return
     pads = dict.fromkeys(token for token in (c.pad_token_id, *c.eos_token_ids, 0)
                          if token is not None and token < c.vocab_size)
@@ -627,7 +628,7 @@ def _left_padding(model, candidate, name, own, budget):
     for pad in pads:
         for count in range(1, NEAR + 1):
             value = _padded(model, candidate, name, pad, count, hidden)
-            share = _share(candidate.tensors[name], value, budget.own[name])
+            share = _share(candidate.tensors[name], value, budget)
             if share <= 1:
                 yield Match(f"left padding is not masked: {count} tokens {pad} before the first", share)
 
