@@ -1,8 +1,7 @@
-"""A second implementation of the model, to plant bugs in: float32, read with gguf-py, the value heads in
-the file's own (tiled) order throughout.  It shares no code with pyengine but the Trace that it fills.
+"""A second implementation of the model, to plant bugs in: float32, read with gguf-py, the value heads
+in the file's own (tiled) order throughout.  It shares no code with pyengine but the Trace it fills.
 
-A fault is a name in `faults`; each is one of the bugs that the house's list of traps holds, at the place
-where an engine would have it.
+A fault is a name in `faults`: a bug that shipped in some engine, at the place where that had it.
 """
 
 from __future__ import annotations
@@ -287,7 +286,8 @@ class Peer:
         group = self.heads // self.kv_heads
         score = np.einsum("thn,phn->htp", q, np.repeat(k, group, 1)) * F(self.n ** -0.5)
         seen = np.arange(len(k)) <= len(k) - len(q) + np.arange(len(q))[:, None]
-        return np.einsum("htp,phn->thn", softmax(np.where(seen, score, -np.inf)), np.repeat(v, group, 1))
+        p = softmax(np.where(seen, score, -np.inf))
+        return np.einsum("htp,phn->thn", p, np.repeat(v, group, 1))
 
     # ---- experts ----
 
@@ -295,7 +295,8 @@ class Peer:
         gate = self.linear(x, f"{g}.ffn_gate_shexp.weight")
         up = self.linear(x, f"{g}.ffn_up_shexp.weight")
         shared = self.linear(self.activated(gate, up), f"{g}.ffn_down_shexp.weight")
-        for part, value in ((".gate_proj", gate), (".up_proj", up), (".down_proj", shared), ("", shared)):
+        for part, value in ((".gate_proj", gate), (".up_proj", up), (".down_proj", shared),
+                            ("", shared)):
             self.put(f"{name}.shared_expert{part}", value)
         logits = self.linear(x, f"{g}.ffn_gate_inp.weight")
         weights, chosen = self.route(logits)

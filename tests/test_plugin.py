@@ -43,12 +43,14 @@ def test_the_example_project_fails_with_a_planted_bug():
     assert "pyengine/oracle" not in done.stdout  # the failure is about the trace, not about our code
 
 
+@pytest.mark.slow
 def test_a_bug_of_decoding_alone_fails_that_test_alone():
     done = run_project(fault="decode_conv")
     assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "the convolution's state is a token old and stands still at token 22" in done.stdout
 
 
+@pytest.mark.slow
 def test_options_go_before_the_ini_file():
     done = run_project("--pyengine-model", "/no/such.gguf")
     assert done.returncode == 1 and "pyengine: /no/such.gguf: want a GGUF file" in done.stdout
@@ -56,6 +58,7 @@ def test_options_go_before_the_ini_file():
     assert done.returncode == 1 and "nonsense" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_a_model_tests_are_skipped(tmp_path):
     (tmp_path / "test_x.py").write_text("def test_x(pyengine_oracle):\n    pass\n")
     done = run_project("-rs", project=tmp_path)
@@ -71,6 +74,7 @@ def test_assert_trace_equal():
     with pytest.raises(AssertionError, match="different: 1 of 1 tensors; the first is lm_head"):
         assert_trace_equal(other, trace)
     with pytest.raises(AssertionError, match="guilty, on the candidate's own inputs"):
-        assert_trace_equal(Peer(MODEL, ["norm_plus_one_twice"]).run(ids), model=MODEL, budget="bfloat16")
+        wrong = Peer(MODEL, ["norm_plus_one_twice"]).run(ids)
+        assert_trace_equal(wrong, model=MODEL, budget="bfloat16")
     with pytest.raises(InputError, match="want a reference or a model"):
         Oracle()

@@ -33,7 +33,7 @@ def ids(oracle):
 
 
 def transformers_model(path, dtype):
-    """transformers' model of a GGUF's weights; its frequencies float32, as from_pretrained keeps them."""
+    """Of a GGUF's weights; its frequencies float32, as from_pretrained keeps them."""
     torch = pytest.importorskip("torch")
     from hf_float64 import load_float64
 

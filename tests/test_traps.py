@@ -157,7 +157,7 @@ def test_bug(bug):
 
 
 def test_softmax_after_top_k_is_the_same_function_here():
-    """Row 16's other half: with renormalised weights the order of softmax and choice changes nothing."""
+    """Row 16's other half: with renormalised weights the order of the two changes nothing."""
     assert verdict_of(Bug(16, "", "softmax_after_top_k", "", None)).ok
 
 
@@ -186,7 +186,8 @@ def nan_scale(directory):
     broken = rewrite(path, directory / "nan.gguf", tensors={name: (stored, GGMLQuantizationType.Q8_0)})
     with pytest.raises(CheckpointError) as caught:
         pyengine.load(broken)
-    return str(caught.value), oracle("pattern31").verify(Peer(broken).run(ids_of("pattern31")), "float32")
+    trace = Peer(broken).run(ids_of("pattern31"))
+    return str(caught.value), oracle("pattern31").verify(trace, "float32")
 
 
 def test_a_nan_scale(tmp_path):

@@ -57,14 +57,15 @@ def _add_verify(commands):
     parser.add_argument("reference", metavar="REFERENCE", help="a trace, or a MODEL: its trace is then "
                         "made for the candidate's ids")
     parser.add_argument("candidate", metavar="CANDIDATE", help="a trace, also of part of the tensors")
-    parser.add_argument("--budget", default="exact", metavar="B", help=f"{', '.join(BUDGETS)} or a FILE "
-                        "of --write-budget: what rounding to that dtype alone explains (default: exact)")
+    parser.add_argument("--budget", default="exact", metavar="B", help=f"{', '.join(BUDGETS)} or a "
+                        "FILE of --write-budget: what rounding to that dtype alone explains "
+                        "(default: exact)")
     parser.add_argument("--factor", type=_factor, metavar="X", help="of the measured spread that is "
                         f"allowed (default: {FACTOR:g})")
     parser.add_argument("-m", "--model", metavar="MODEL", help="the model behind a REFERENCE that is a "
                         "trace: for budgets and blame")
-    parser.add_argument("--arithmetic", choices=ARITHMETICS, help="of a MODEL's trace, compared in bits "
-                        "(default: float64)")
+    parser.add_argument("--arithmetic", choices=ARITHMETICS, help="of a MODEL's trace, compared in "
+                        "bits (default: float64)")
     parser.add_argument("--write-budget", metavar="FILE", help="keep the budget as JSON")
     parser.add_argument("--all", action="store_true", help="every tensor in the table")
     parser.add_argument("--json", action="store_true")

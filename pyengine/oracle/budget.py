@@ -93,8 +93,8 @@ class Budget:
                        str(fields["ids_sha256"]), total, own,
                        tuple(str(name) for name in fields["recorded"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileFormatError(path, "budget", f"want what Budget.save writes, got a fault at {error}"
-                                  ) from None
+            problem = f"want what Budget.save writes, got a fault at {error}"
+            raise FileFormatError(path, "budget", problem) from None
 
     def check(self, candidate: Trace) -> None:
         """InputError unless it was made for these ids and these tensors."""

@@ -1,5 +1,5 @@
-"""A candidate's trace against the reference: what differs, which operation is to blame, and of what kind
-its mistake looks.
+"""A candidate's trace against the reference: what differs, which operation is to blame, and what kind
+of mistake it looks like.
 
 End to end, a tensor is compared with the reference's.  Then each operation is run again on the
 candidate's own inputs: one that is beyond its budget there is guilty, another that is beyond it end to
@@ -119,8 +119,8 @@ def _finite(value):
 
 
 def judge_bits(reference: Trace, candidate: Trace, model: ReferenceModel | None = None) -> Verdict:
-    """Every bit, after rounding to float32.  With a model, and where they differ, the operations are run
-    again and judged by the float32 budget.  Errors: InputError (verify.compare)."""
+    """Every bit, after rounding to float32.  With a model, and where they differ, the operations are
+    run again and judged by the float32 budget.  Errors: InputError (verify.compare)."""
     comparison = compare(reference, candidate)
     if comparison.equal or model is None:
         return Verdict(comparison.equal, EXACT, None, _rows_in_bits(comparison, reference, candidate),
@@ -275,7 +275,8 @@ def _choice(name, ours, theirs, logits, allowed):
 def margin_of(logits, ours, theirs) -> float:
     """How much larger the largest logit that `theirs` leaves out is than the smallest it takes instead;
     infinite if it names an expert twice."""
-    left_out, taken = set(ours.tolist()) - set(theirs.tolist()), set(theirs.tolist()) - set(ours.tolist())
+    ours, theirs = set(ours.tolist()), set(theirs.tolist())
+    left_out, taken = ours - theirs, theirs - ours
     if len(left_out) != len(taken) or not taken:
         return float("inf")
     return float(logits[list(left_out)].max() - logits[list(taken)].min())

@@ -30,7 +30,7 @@ NEAR = 8  # tokens before the first wrong one at which a state may have been los
 class Mistake:
     """change(model, token) alters a copy of the model; token is where the candidate goes wrong first.
 
-    at_token: it happens from one token on, which is looked for among the NEAR before the first wrong one
+    at_token: it happens from one token on, looked for among the NEAR before the first wrong one
     """
 
     name: str
@@ -239,7 +239,8 @@ def _reordered(parameter, inverse, axis=0):
 def _tiled(parameter, axis=0):
     return [Mistake(f"{parameter}: the value heads are left in the file's tiled order",
                     _reordered(parameter, True, axis)),
-            Mistake(f"{parameter}: the value heads are un-tiled twice", _reordered(parameter, False, axis))]
+            Mistake(f"{parameter}: the value heads are un-tiled twice",
+                    _reordered(parameter, False, axis))]
 
 
 def _plain_conv1d(x, weight, conv_state):
@@ -439,8 +440,8 @@ def _interleaved_gate_up(model, token):
         for start, part in enumerate(("gate_proj", "up_proj")):
             if name.endswith(f".experts.{part}"):
                 stem = name.removesuffix(part)
-                both = np.concatenate([stored(f"{stem}gate_proj", expert), stored(f"{stem}up_proj", expert)])
-                return both[start::2]
+                both = [stored(f"{stem}{one}", expert) for one in ("gate_proj", "up_proj")]
+                return np.concatenate(both)[start::2]
         return stored(name, expert)
 
     model.weight = weight

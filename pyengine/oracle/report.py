@@ -214,8 +214,8 @@ def plot(verdict: Verdict, path) -> None:
         panel.plot([_place(row, verdict) for row in layers],
                    [row.error.rms / row.scale / row.total_share for row in layers], c="black", lw=1,
                    ls="--", label=f"{verdict.budget} budget")
-    panel.set(yscale="log", xlabel="layer", ylabel="error, relative to the reference's size",
-              title=headline(verdict)[:100])
+    panel.set(yscale="log", xlabel="layer", ylabel="error, relative to the reference's size")
+    panel.set_title(headline(verdict), fontsize="small", wrap=True)
     panel.grid(alpha=0.3)
     if drawn:
         panel.legend()

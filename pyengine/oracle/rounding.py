@@ -2,8 +2,8 @@
 
 Every operation of `reference.OPERATIONS` takes float32, computes in float32, and rounds its result to
 the dtype; weights and embeddings are rounded to it too.  Sums over a matrix's columns are made in one
-of several orders, and the delta rule token by token or in chunks, as prefills do.  That is how implementations in 16 bits compute: norms, softmax and the delta rule
-wider inside, their results narrow.
+of several orders, and the delta rule token by token or in chunks, as prefills do.  That is how
+implementations in 16 bits compute: norms, softmax and the delta rule wider inside, results narrow.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pytest
 
-# pytest loads this in every project of an environment that has pyengine: nothing else is imported
-# until a test asks for the fixture.
+# pytest loads this in every project of an environment that has pyengine: what is not needed for the
+# options is imported when a test asks for the fixture.
 
 SEED = 1729
 
