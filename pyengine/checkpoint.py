@@ -177,7 +177,7 @@ class Spec(NamedTuple):
     gguf: str
     shape: tuple[int, ...]
     linear: bool = True
-    order: str | None = None  # what the converter reorders: see _orders
+    order: str | None = None  # what the converter reorders: see value_head_orders
     decode: object = None
 
 
@@ -288,7 +288,7 @@ class _GGUFTensors:
 
     @functools.cached_property
     def orders(self):
-        return _orders(self.config)  # only when a tensor has confirmed the sizes
+        return value_head_orders(self.config)  # only when a tensor has confirmed the sizes
 
     def read(self, spec: Spec) -> Tensor:
         tensor = self._fused(spec) or self._whole(spec)
@@ -373,8 +373,9 @@ _GATE_UP = ("ffn_gate_up_exps.weight", {"ffn_gate_exps.weight": _ff_rows,
 _FUSED = {**dict.fromkeys(_QKV[1], _QKV), **dict.fromkeys(_GATE_UP[1], _GATE_UP)}
 
 
-def _orders(config: Config) -> dict[str, np.ndarray]:
-    """Where each of Hugging Face's rows lies in a GGUF, by what the rows are."""
+def value_head_orders(config: Config) -> dict[str, np.ndarray]:
+    """Where each of Hugging Face's rows lies in a GGUF, by what the rows are: heads, values,
+    value columns, channels."""
     keys, heads = config.linear_num_key_heads, config.linear_num_value_heads
     ratio = heads // keys
     grouped = np.arange(heads)

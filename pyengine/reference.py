@@ -6,14 +6,20 @@ are dequantised when a step needs them and dropped again, one expert at a time, 
 may be larger than memory.
 
 T tokens; H hidden size; shapes stand beside the lines that make them.
+
+The model computes with the functions below through `ReferenceModel.op`, which holds them by name, and
+hands every module's output to `record`, which may put another value in its place.  The oracle's rounded
+runs, its re-runs on a candidate's own values and its planted mistakes are made of these two alone.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from .checkpoint import Checkpoint
-from .config import LINEAR, Config
+from .config import LINEAR
 from .decoder.state import DeltaNetState, KeyValueCache, State
 from .ids import as_chunk, as_ids
 
@@ -41,6 +47,26 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
+# ---- functions of two ------------------------------------------------------------------------
+
+
+def add(x, y):
+    return x + y
+
+
+def linear(x, weight):
+    """x [T, columns], weight [rows, columns] -> [T, rows]."""
+    return x @ weight.T
+
+
+def swiglu(gate, up):
+    return silu(gate) * up
+
+
+def gated(x, gate):
+    return x * sigmoid(gate)
+
+
 # ---- norms -----------------------------------------------------------------------------------
 
 
@@ -58,34 +84,45 @@ def rms_norm_gated(x, z, weight, eps):
     return weight * unit_rms(x, eps) * silu(z)
 
 
-def l2_norm(x):
+def l2_norm(x, scale):
     """The epsilon lies inside the root, whatever the model's own epsilon is."""
-    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6) * scale
 
 
 # ---- full attention --------------------------------------------------------------------------
 
 
+def split_query_and_gate(q, heads):
+    """[T, heads * 2n] -> query, gate [T, heads, n]: each head has its n of query, then n of gate."""
+    return np.split(q.reshape(len(q), heads, -1), 2, axis=-1)
+
+
 def rotate(x, positions, inv_freq):
     """x [T, heads, head_dim]; the first 2 * len(inv_freq) entries turn, in halves, not in pairs."""
-    angle = positions[:, None, None] * inv_freq.astype(np.float64)  # [T, 1, half]
+    angle = positions[:, None, None] * inv_freq  # [T, 1, half], float64 as positions
     cos, sin, half = np.cos(angle), np.sin(angle), len(inv_freq)
     x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
     return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
 
 
-def causal_attention(query, keys, values):
-    """query [T, heads, n] at the last T of the P positions; keys, values [P, kv_heads, n]."""
-    tokens, heads, n = query.shape
-    group = heads // keys.shape[1]
+def key_value_head(head, heads, kv_heads):
+    """Query head -> the head of the keys and values that it uses."""
+    return head // (heads // kv_heads)
+
+
+def attention_scores(query, keys):
+    """One head: query [T, n] at the last T of the P positions, keys [P, n] -> [T, P], -inf for what
+    lies in the future."""
+    tokens, n = query.shape
     start = len(keys) - tokens
-    out = np.empty_like(query)
-    future = np.arange(len(keys)) > start + np.arange(tokens)[:, None]  # [T, P]
-    for head in range(heads):
-        k, v = keys[:, head // group], values[:, head // group]  # [P, n]
-        score = query[:, head] @ k.T * n ** -0.5  # [T, P]
-        out[:, head] = softmax(np.where(future, -np.inf, score)) @ v
-    return out
+    score = query @ keys.T * n ** -0.5
+    future = np.arange(len(keys)) > start + np.arange(tokens)[:, None]
+    return np.where(future, -np.inf, score)
+
+
+def attention_mix(p, values):
+    """p [T, P], values [P, n] -> [T, n]."""
+    return p @ values
 
 
 # ---- delta net -------------------------------------------------------------------------------
@@ -97,6 +134,16 @@ def causal_conv1d(x, weight, conv_state):
     inputs = np.concatenate([conv_state, x])  # [taps - 1 + T, C]
     conv_state[:] = inputs[len(x):]
     return silu(sum(weight[:, j] * inputs[j:j + len(x)] for j in range(taps)))
+
+
+def repeat_heads(x, ratio):
+    """[T, key heads, n] -> [T, value heads, n]: value head g uses key head g // ratio."""
+    return np.repeat(x, ratio, axis=1)
+
+
+def log_decay(a, a_log, dt_bias):
+    """[T, value heads], <= 0."""
+    return -np.exp(a_log) * softplus(a + dt_bias)
 
 
 def delta_rule(query, key, value, beta, log_decay, recurrent_state):
@@ -115,17 +162,50 @@ def delta_rule(query, key, value, beta, log_decay, recurrent_state):
     return out
 
 
+# ---- router and experts ----------------------------------------------------------------------
+
+
+def router_probabilities(logits):
+    return softmax(logits)
+
+
+def select_experts(p, top_k):
+    """p [T, experts] -> [T, top_k], by falling probability; of equal ones the lower index first."""
+    return np.argsort(-p, axis=-1, kind="stable")[:, :top_k]
+
+
+def routing_weights(p, selected_experts):
+    """[T, top_k], each row's sum 1."""
+    weights = np.take_along_axis(p, selected_experts, axis=-1)
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def weighted(y, weight):
+    """One expert's outputs [tokens, H] by that expert's weight for each [tokens, 1]."""
+    return y * weight
+
+
 # ---- the model -------------------------------------------------------------------------------
 
 
+OPERATIONS = (add, linear, swiglu, gated, sigmoid, softmax, rms_norm, rms_norm_gated, l2_norm,
+              split_query_and_gate, rotate, key_value_head, attention_scores, attention_mix,
+              causal_conv1d, repeat_heads, log_decay, delta_rule, router_probabilities,
+              select_experts, routing_weights, weighted)
+
+
 class ReferenceModel:
-    """`forward` and `new_state`, as every model of this package; `config`, `arithmetic`."""
+    """`forward` and `new_state`, as every model of this package; `config`, `arithmetic`.
+
+    op  the OPERATIONS by name: what every step computes with
+    """
 
     arithmetic = "float64"
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.inv_freq = self.config.inv_freq()  # float32 values, widened: Hugging Face's own
+        self.op = SimpleNamespace(**{function.__name__: function for function in OPERATIONS})
 
     def new_state(self) -> State:
         return State(self.config, np.float64)
@@ -136,13 +216,14 @@ class ReferenceModel:
 
         state: continued and updated; None starts afresh.  chunk: tokens computed at a time (all at
         once by default).  record: called with (name, float64 [tokens, features]) for every module's
-        output.  Errors: InputError for ids or a chunk out of range, FileFormatError when the model's
-        file has changed since it was opened.
+        output; the value it returns, unless that is None, is what the model goes on with.
+        Errors: InputError for ids or a chunk out of range, FileFormatError when the model's file has
+        changed since it was opened.
         """
         self.checkpoint.file.check_unchanged()
         ids = as_ids(ids, self.config.vocab_size)
         state = self.new_state() if state is None else state
-        record = record or (lambda name, value: None)
+        record = _going_on(record)
         pieces = []
         for start in range(0, len(ids), as_chunk(chunk or len(ids))):
             hidden = self._hidden(ids[start:start + (chunk or len(ids))], state, record)
@@ -154,6 +235,16 @@ class ReferenceModel:
             pieces = [self._logits(pieces[0], record)]
         return np.concatenate(pieces).astype(np.float32)
 
+    def run_layer(self, index: int, hidden, record) -> np.ndarray:
+        """One decoder layer from a fresh state: hidden [T, H] -> [T, H]; record as forward's."""
+        positions = np.arange(len(hidden), dtype=np.float64)
+        state = self.new_state().layers[index]
+        return self._layer(index, hidden, positions, state, _going_on(record))
+
+    def run_head(self, hidden, record) -> np.ndarray:
+        """The last norm and lm_head: hidden float64 [T, H] -> float64 [T, vocab]."""
+        return self._logits(hidden, _going_on(record))
+
     # ---- parameters ----
 
     def weight(self, name, expert=None):
@@ -161,21 +252,26 @@ class ReferenceModel:
         return self.checkpoint.tensors[name].float64(expert)
 
     def linear(self, x, name, record):
-        y = x @ self.weight(f"{name}.weight").T
-        record(name, y)
-        return y
+        return record(name, self.op.linear(x, self.weight(f"{name}.weight")))
 
     def norm(self, x, name, record):
-        y = rms_norm(x, self.weight(f"{name}.weight"), self.config.rms_norm_eps)
-        record(name, y)
-        return y
+        y = self.op.rms_norm(x, self.weight(f"{name}.weight"), self.config.rms_norm_eps)
+        return record(name, y)
+
+    def head_norm(self, x, name, record):
+        """x [T, heads, n], each head by itself; recorded as [T, heads * n]."""
+        y = self.op.rms_norm(x, self.weight(f"{name}.weight"), self.config.rms_norm_eps)
+        return record(name, y.reshape(len(x), -1)).reshape(x.shape)
 
     # ---- steps ----
 
-    def _hidden(self, ids, state: State, record):
+    def embed(self, ids):
+        """[T] -> [T, H]."""
         embed_tokens = self.checkpoint.tensors["model.embed_tokens.weight"]
-        hidden = embed_tokens.stored_float32(rows=ids).astype(np.float64)  # [T, H]
-        record("model.embed_tokens", hidden)
+        return embed_tokens.stored_float32(rows=ids).astype(np.float64)
+
+    def _hidden(self, ids, state: State, record):
+        hidden = record("model.embed_tokens", self.embed(ids))  # [T, H]
         positions = np.arange(state.position, state.position + len(ids), dtype=np.float64)
         for index, layer_state in enumerate(state.layers):
             hidden = self._layer(index, hidden, positions, layer_state, record)
@@ -183,106 +279,108 @@ class ReferenceModel:
         return hidden
 
     def _logits(self, hidden, record):
-        hidden = self.norm(hidden, "model.norm", record)
-        logits = hidden @ self.weight("lm_head.weight").T  # [T, vocab]
-        record("lm_head", logits)
-        return logits
+        return self.linear(self.norm(hidden, "model.norm", record), "lm_head", record)  # [T, vocab]
 
     def _layer(self, index, hidden, positions, state, record):
-        name = f"model.layers.{index}"
+        op, name = self.op, f"model.layers.{index}"
         x = self.norm(hidden, f"{name}.input_layernorm", record)
         if self.config.layer_types[index] == LINEAR:
-            hidden = hidden + self._linear_attn(x, f"{name}.linear_attn", state, record)
+            y = self._linear_attn(x, f"{name}.linear_attn", state, record)
         else:
-            hidden = hidden + self._self_attn(x, f"{name}.self_attn", positions, state, record)
+            y = self._self_attn(x, f"{name}.self_attn", positions, state, record)
+        hidden = op.add(hidden, y)
         x = self.norm(hidden, f"{name}.post_attention_layernorm", record)
-        hidden = hidden + self._mlp(x, f"{name}.mlp", record)
-        record(name, hidden)
-        return hidden
+        return record(name, op.add(hidden, self._mlp(x, f"{name}.mlp", record)))
 
     def _linear_attn(self, x, name, state: DeltaNetState, record):
-        c: Config = self.config
+        c, op = self.config, self.op
         qkv = self.linear(x, f"{name}.in_proj_qkv", record)  # [T, conv_dim]
         z = self.linear(x, f"{name}.in_proj_z", record)  # [T, value_dim]
         b = self.linear(x, f"{name}.in_proj_b", record)  # [T, value heads]
         a = self.linear(x, f"{name}.in_proj_a", record)  # [T, value heads]
 
         conv1d = self.weight(f"{name}.conv1d.weight")[:, 0]  # [conv_dim, taps]
-        qkv = causal_conv1d(qkv, conv1d, state.conv_state)
+        qkv = op.causal_conv1d(qkv, conv1d, state.conv_state)
         query, key, value = np.split(qkv, [c.key_dim, 2 * c.key_dim], axis=1)
         query = query.reshape(len(x), c.linear_num_key_heads, c.linear_key_head_dim)
         key = key.reshape(len(x), c.linear_num_key_heads, c.linear_key_head_dim)
         value = value.reshape(len(x), c.linear_num_value_heads, c.linear_value_head_dim)
-        query = l2_norm(query) * c.linear_key_head_dim ** -0.5
-        key = l2_norm(key)
+        query = op.l2_norm(query, c.linear_key_head_dim ** -0.5)
+        key = op.l2_norm(key, 1.0)
         ratio = c.linear_num_value_heads // c.linear_num_key_heads
-        query, key = np.repeat(query, ratio, axis=1), np.repeat(key, ratio, axis=1)
+        query, key = op.repeat_heads(query, ratio), op.repeat_heads(key, ratio)
 
-        beta = sigmoid(b)
-        a_log, dt_bias = self.weight(f"{name}.A_log"), self.weight(f"{name}.dt_bias")
-        log_decay = -np.exp(a_log) * softplus(a + dt_bias)  # [T, value heads], <= 0
-        core = delta_rule(query, key, value, beta, log_decay, state.recurrent_state)
+        beta = op.sigmoid(b)
+        log_decay = op.log_decay(a, self.weight(f"{name}.A_log"), self.weight(f"{name}.dt_bias"))
+        core = op.delta_rule(query, key, value, beta, log_decay, state.recurrent_state)
 
-        core = rms_norm_gated(core, z.reshape(core.shape), self.weight(f"{name}.norm.weight"),
-                              c.rms_norm_eps).reshape(len(x), -1)  # [T, value_dim]
-        record(f"{name}.norm", core)
-        y = self.linear(core, f"{name}.out_proj", record)  # [T, H]
-        record(name, y)
-        return y
+        core = op.rms_norm_gated(core, z.reshape(core.shape), self.weight(f"{name}.norm.weight"),
+                                 c.rms_norm_eps).reshape(len(x), -1)  # [T, value_dim]
+        core = record(f"{name}.norm", core)
+        return record(name, self.linear(core, f"{name}.out_proj", record))  # [T, H]
 
     def _self_attn(self, x, name, positions, cache: KeyValueCache, record):
-        c: Config = self.config
-        n = c.head_dim
-        q = self.linear(x, f"{name}.q_proj", record)  # per head: n of query, then n of gate
-        query, gate = np.split(q.reshape(len(x), c.num_attention_heads, 2 * n), 2, axis=-1)
-        query = rms_norm(query, self.weight(f"{name}.q_norm.weight"), c.rms_norm_eps)
-        record(f"{name}.q_norm", query.reshape(len(x), -1))
-        key = self.linear(x, f"{name}.k_proj", record).reshape(len(x), c.num_key_value_heads, n)
-        key = rms_norm(key, self.weight(f"{name}.k_norm.weight"), c.rms_norm_eps)
-        record(f"{name}.k_norm", key.reshape(len(x), -1))
+        c, op = self.config, self.op
+        q = self.linear(x, f"{name}.q_proj", record)  # [T, heads * 2n]
+        query, gate = op.split_query_and_gate(q, c.num_attention_heads)  # [T, heads, n]
+        query = self.head_norm(query, f"{name}.q_norm", record)
+        key = self.linear(x, f"{name}.k_proj", record)
+        key = key.reshape(len(x), c.num_key_value_heads, c.head_dim)
+        key = self.head_norm(key, f"{name}.k_norm", record)
         value = self.linear(x, f"{name}.v_proj", record).reshape(key.shape)
 
-        query, key = (rotate(v, positions, self.inv_freq) for v in (query, key))
+        query, key = (op.rotate(v, positions, self.inv_freq) for v in (query, key))
         cache.append(key, value)
-        out = causal_attention(query, cache.keys, cache.values)  # [T, heads, n]
-        y = self.linear((out * sigmoid(gate)).reshape(len(x), -1), f"{name}.o_proj", record)
-        record(name, y)
-        return y
+        out = self._causal_attention(query, cache.keys, cache.values)  # [T, heads, n]
+        out = op.gated(out, gate).reshape(len(x), -1)
+        return record(name, self.linear(out, f"{name}.o_proj", record))
+
+    def _causal_attention(self, query, keys, values):
+        """query [T, heads, n] at the last T of the P positions; keys, values [P, kv heads, n]."""
+        op, out, heads = self.op, np.empty_like(query), query.shape[1]
+        for head in range(heads):
+            kv_head = op.key_value_head(head, heads, keys.shape[1])
+            p = op.softmax(op.attention_scores(query[:, head], keys[:, kv_head]))
+            out[:, head] = op.attention_mix(p, values[:, kv_head])
+        return out
 
     def _mlp(self, x, name, record):
+        op = self.op
         shared = self._shared_expert(x, f"{name}.shared_expert", record)
-        routing_weights, selected_experts = self._gate(x, f"{name}.gate", record)
-        routed = self._experts(x, f"{name}.experts", routing_weights, selected_experts)
-        record(f"{name}.experts", routed)
-        y = routed + sigmoid(self.linear(x, f"{name}.shared_expert_gate", record)) * shared
-        record(name, y)
-        return y
+        weights, selected_experts = self._gate(x, f"{name}.gate", record)
+        routed = self._experts(x, f"{name}.experts", weights, selected_experts)
+        routed = record(f"{name}.experts", routed)
+        gate = self.linear(x, f"{name}.shared_expert_gate", record)  # [T, 1]
+        return record(name, op.add(routed, op.gated(shared, gate)))
 
     def _shared_expert(self, x, name, record):
         gate = self.linear(x, f"{name}.gate_proj", record)
         up = self.linear(x, f"{name}.up_proj", record)
-        y = self.linear(silu(gate) * up, f"{name}.down_proj", record)
-        record(name, y)
-        return y
+        return record(name, self.linear(self.op.swiglu(gate, up), f"{name}.down_proj", record))
 
     def _gate(self, x, name, record):
-        """The router -> routing_weights, selected_experts [T, top_k], by falling probability; of
-        equal ones the lower index first."""
-        logits = self.linear(x, name, record)  # [T, experts]
-        p = softmax(logits)
-        selected = np.argsort(-p, axis=-1, kind="stable")[:, :self.config.num_experts_per_tok]
-        weights = np.take_along_axis(p, selected, axis=-1)
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-        record(f"{name}.1", weights)
-        record(f"{name}.2", selected)
-        return weights, selected
+        """The router -> routing weights, selected experts [T, top_k]."""
+        op = self.op
+        p = op.router_probabilities(self.linear(x, name, record))  # [T, experts]
+        selected = record(f"{name}.2", op.select_experts(p, self.config.num_experts_per_tok))
+        return record(f"{name}.1", op.routing_weights(p, selected)), selected
 
-    def _experts(self, x, name, routing_weights, selected_experts):
-        routed = np.zeros_like(x)
+    def _experts(self, x, name, weights, selected_experts):
+        op, routed = self.op, np.zeros_like(x)
         for expert in np.unique(selected_experts):
             token, place = np.nonzero(selected_experts == expert)
-            gate = x[token] @ self.weight(f"{name}.gate_proj", expert).T
-            up = x[token] @ self.weight(f"{name}.up_proj", expert).T
-            y = (silu(gate) * up) @ self.weight(f"{name}.down_proj", expert).T
-            routed[token] += y * routing_weights[token, place, None]
+            gate = op.linear(x[token], self.weight(f"{name}.gate_proj", expert))
+            up = op.linear(x[token], self.weight(f"{name}.up_proj", expert))
+            y = op.linear(op.swiglu(gate, up), self.weight(f"{name}.down_proj", expert))
+            routed[token] = op.add(routed[token], op.weighted(y, weights[token, place, None]))
         return routed
+
+
+def _going_on(record):
+    """record(name, value) -> the value to go on with."""
+
+    def value_of(name, value):
+        other = None if record is None else record(name, value)
+        return value if other is None else other
+
+    return value_of

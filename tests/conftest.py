@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+collect_ignore = ["example_project"]  # a project of its own: test_plugin.py runs it
+
 GOLDEN = Path(__file__).parent / "golden"
 
 sys.path.insert(0, str(Path(__file__).parent))

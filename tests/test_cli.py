@@ -187,7 +187,7 @@ def test_hostile_files_are_one_line_each(tmp_path, capsys):
         (["info", "data"], f"data/model.safetensors: header length: want 2 to 92 bytes, got {2**64 - 1}"),
         (["info", "43.gguf"], f"43.gguf: key 0: want a length of 1 to 65535 bytes, got {2**64 - 1}"),
         (["generate", "-m", "tokenizer", "-p", "x"], "tokenizer/tokenizer.json: model.dropout: want none, got 1"),
-        (["verify", "the-trace", "the-trace"], "the-trace: input_ids: want I64 [T], got none"),
+        (["verify", "the-trace", "the-trace"], "the-trace: input_ids: want I64 or I32 [T], got none"),
         (["logits", "-m", MODEL, "--ids-file", "objects.npy", "-o", out], "objects.npy: want token ids as "
          "text or .npy, got: Array can't be memory-mapped: Python objects in dtype."),
         (["logits", "-m", MODEL, "--ids-file", "ids", "-o", out], "ids: want integers, got '\\x1b[2J'"),

@@ -723,7 +723,7 @@ def test_without_hypothesis_there_is_one_clear_error(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r"pip install 'pyengine\[test\]'"):
-        importlib.import_module("pyengine.testing")
+        importlib.import_module("pyengine.testing").check_quantizer
 
 
 @pytest.mark.parametrize("kind", strategies.KINDS, ids=lambda kind: kind.__name__)

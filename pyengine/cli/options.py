@@ -158,3 +158,14 @@ def check_output(path) -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"{path}: want a file in a directory that exists")
     return path
+
+
+def write_text(path, text: str) -> None:
+    """Written whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
