@@ -36,8 +36,8 @@ from .sampling import checkpoint_settings, to_generation_config
 from .tokenizer import export_tokenizer
 
 SHARD_BYTES = 4 << 30
-PIECE_BYTES = 8 << 20  # codes computed at a time
-PIECES_BEHIND = 8  # at most, computed and not yet written
+PIECE_BYTES = 2 << 20  # codes computed at a time
+PIECES_BEHIND = 32  # at most, computed and not yet written
 
 
 # ---- what is written -------------------------------------------------------------------------

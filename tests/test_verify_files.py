@@ -16,9 +16,9 @@ from pyengine.verify_files import verify_files
 PLAIN, OTHER = GOLDEN / "pattern31.gguf", GOLDEN / "nextn.gguf"
 
 
-@pytest.fixture(scope="module", params=[PLAIN, GOLDEN / "tied.gguf"], ids=lambda path: path.stem)
-def source(request):
-    return request.param
+@pytest.fixture(scope="module", params=["pattern31", "odd"])
+def source(request, odd_model):
+    return odd_model if request.param == "odd" else PLAIN
 
 
 @pytest.fixture(scope="module")
