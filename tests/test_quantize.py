@@ -177,6 +177,48 @@ def test_nonfinite_source_names_tensor_row_and_group_and_leaves_nothing(tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.gguf"]
 
 
+NOT_FINITE = [np.nan, np.inf, -np.inf]
+
+
+def spoilt(kind, source, path):
+    """The source with one thing wrong, and what the message must name."""
+    name = "blk.3.attn_k.weight"
+    tensor = GGUF.open(source).tensors[name]
+    if kind == "unknown name":
+        rewrite(source, path, tensors={"blk.3.attn_k_weight": (tensor.data.copy(), tensor.type)})
+        return "blk.3.attn_k_weight: want only tensors"
+    if kind == "no linear":
+        rewrite(source, path, tensors={name: (tensor.data[0].copy(), tensor.type)})
+        return f"{name}: want "
+    if kind == "block scale":
+        data = tensor.data.copy()
+        data[1, :2] = np.array([0xFC00], np.uint16).view(np.uint8)
+        rewrite(source, path, tensors={name: (data, tensor.type)})
+        return f"{name}: row 1, group 0: want finite values"
+    values = np.zeros(tensor.shape, np.float32)
+    values[2, 40] = kind
+    rewrite(source, path, tensors={name: (values, T.F32)})
+    return f"{name}: row 2, group 0: want finite values"
+
+
+@pytest.mark.parametrize("kind", ["unknown name", "no linear", "block scale", *NOT_FINITE])
+@pytest.mark.parametrize("model", ["pattern31", "odd"])
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, odd_model, model, kind):
+    named = spoilt(kind, odd_model if model == "odd" else PLAIN, tmp_path / "bad.gguf")
+    assert main(["quantize", str(tmp_path / "bad.gguf"), "--int8", str(tmp_path / "int8"), "--int4",
+                 str(tmp_path / "int4")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and named in err
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.gguf"]
+
+
+def test_a_destination_that_exists_is_one_line(tmp_path, capsys):
+    assert main(["quantize", str(PLAIN), "--int8", str(tmp_path), "--int4", str(tmp_path / "int4")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "want a directory that does not exist yet" in err
+    assert not list(tmp_path.iterdir())
+
+
 def tree(directory):
     return {p.name: p.read_bytes() for p in directory.iterdir()}
 
