@@ -6,7 +6,7 @@
     twin       id: of the source's bytes, the method and the group size, but not the bits: two
                checkpoints with one id come from one source in one way; kind: int8 or int4
     tensors    {name: {sha256}} of their bytes
-    files      {name: {sha256}} of what travels with them: config.json, the modelling file, the tokenizer
+    files      {name: {sha256}} of what travels with them: config.json, modelling file, tokenizer
     sha256     of all the rest of it, as JSON with sorted keys and no spaces
 
 `noesis-provenance-1` had no `files` and no `sha256`: it can be read, but its own fields cannot be

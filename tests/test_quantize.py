@@ -213,7 +213,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, odd_mode
 
 
 def test_a_destination_that_exists_is_one_line(tmp_path, capsys):
-    assert main(["quantize", str(PLAIN), "--int8", str(tmp_path), "--int4", str(tmp_path / "int4")]) == 2
+    destinations = ["--int8", str(tmp_path), "--int4", str(tmp_path / "int4")]
+    assert main(["quantize", str(PLAIN), *destinations]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "want a directory that does not exist yet" in err
     assert not list(tmp_path.iterdir())
@@ -225,7 +226,8 @@ def tree(directory):
 
 @pytest.mark.parametrize("source", [PLAIN, "odd"], ids=["pattern31", "odd"])
 @pytest.mark.parametrize("after", [1, 20, 40, 60])
-def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, odd_model, source, after):
+def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, odd_model, source,
+                                                        after):
     source, options = odd_model if source == "odd" else source, {"shard_bytes": 40_000, "threads": 1}
     quantize(source, tmp_path / "whole8", tmp_path / "whole4", **options)
     calls, original = [], Pass._parameter

@@ -2,10 +2,11 @@
 
     python tools/bench_quantize.py SLICE.gguf [--rounds 3] [--scratch DIR]
 
-Each round runs `pyengine quantize SRC --int8 --int4`, then copies the two directories that it wrote (`cp`,
-then fsync), and deletes all of it; neither finds its input in the page cache.  Both write the same bytes;
-the copy reads more, but quantizing reads them to hash them too.  The ratio is that of the medians of bytes
-written a second.  Memory is the greatest RssAnon seen (every 20 ms), and VmHWM, in which mapped pages count.
+Each round runs `pyengine quantize SRC --int8 --int4`, then copies the two directories that it wrote
+(`cp`, then fsync), and deletes all of it; neither finds its input in the page cache.  Both write the
+same bytes; the copy reads more, but quantizing reads them to hash them too.  The ratio is that of the
+medians of bytes written a second.  Memory is the greatest RssAnon seen (every 20 ms), and VmHWM, in
+which mapped pages count.
 
 tools/make_slice.py makes a source of real sizes.  Needs four times its size on the disk.
 """
@@ -91,10 +92,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, metavar="SRC.gguf")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="where to write (default: beside SRC)")
+    parser.add_argument("--scratch", type=Path, metavar="DIR",
+                        help="where to write (default: beside SRC)")
     parser.add_argument("--json", action="store_true")
     options, others = parser.parse_known_args()  # the rest is for `pyengine quantize`
-    with tempfile.TemporaryDirectory(dir=options.scratch or options.source.absolute().parent) as scratch:
+    where = options.scratch or options.source.absolute().parent
+    with tempfile.TemporaryDirectory(dir=where) as scratch:
         found = measure(options.source, Path(scratch), options.rounds, others)
     if options.json:
         return print(json.dumps(found, indent=2))
@@ -103,8 +106,8 @@ def main() -> None:
         speed = found["written"] / statistics.median(found[f"{name}_seconds"])
         print(f"{name:<10} {speed / 1e9:.2f} GB/s written ({seconds} s)")
     print(f"ratio      {found['ratio']:.0%}")
-    print(f"memory     {found['peak_RssAnon'] / 2**20:.0f} MiB beside the mapped source (peak RssAnon), "
-          f"{found['peak_VmHWM'] / 2**20:.0f} MiB with it (VmHWM)")
+    print(f"memory     {found['peak_RssAnon'] / 2**20:.0f} MiB beside the mapped source (peak "
+          f"RssAnon), {found['peak_VmHWM'] / 2**20:.0f} MiB with it (VmHWM)")
 
 
 if __name__ == "__main__":
