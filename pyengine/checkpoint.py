@@ -457,7 +457,8 @@ class _DirectoryTensors:
                 stem, part = name.rsplit(".", 1)
                 names |= {f"{stem}.{expert}.{part}.weight" for expert in range(spec.shape[0])}
                 name = name if part == "down_proj" else f"{stem}.gate_up_proj"
-            names |= {name, *(f"{name}{part}_{mark}" for mark in _marks(spec) for part in ("", "_scale"))}
+            names |= {name, *(f"{name}{part}_{mark}" for mark in _marks(spec)
+                              for part in ("", "_scale"))}
         return names
 
     def _name_in_file(self, name):

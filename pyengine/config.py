@@ -212,9 +212,9 @@ def _from_gguf(meta: _Metadata, gguf) -> Config:
         raise meta.error("attention.value_length", f"want {head_dim} as attention.key_length, got "
                          f"{meta.integer('attention.value_length')}")
     if "token_embd.weight" not in gguf.tensors:
+        others = (name for name in gguf.tensors if not name.startswith(("blk.", "output")))
         raise FileFormatError(gguf.path, "token_embd.weight", "want this tensor, got none" + hint(
-            "token_embd.weight", (name for name in gguf.tensors if not name.startswith(("blk.", "output"))),
-            "nearest unknown name in the file"))
+            "token_embd.weight", others, "nearest unknown name in the file"))
     return Config(
         vocab_size=_gguf_vocab_size(gguf),
         hidden_size=meta.integer("embedding_length"),

@@ -6,7 +6,7 @@
     twin       id: of the source's bytes, the method and the group size, but not the bits: two
                checkpoints with one id come from one source in one way; kind: int8 or int4
     tensors    {name: {sha256}} of their bytes
-    files      {name: {sha256}} of what travels with them: config.json, the modelling file, the tokenizer
+    files      {name: {sha256}} of what travels with them: config.json, modelling file, tokenizer
     sha256     of all the rest of it, as JSON with sorted keys and no spaces
 
 `noesis-provenance-1` had no `files` and no `sha256`: it can be read, but its own fields cannot be
@@ -27,18 +27,19 @@ from .errors import FileFormatError, quote
 FORMAT, OLDER_FORMATS = "noesis-provenance-2", ("noesis-provenance-1",)
 FILE_NAME = "noesis_provenance.json"
 SEED = 1729  # of every random draw in this package; quantising draws nothing, and says so by it
-HASH_PIECE = 16 << 20
+HASH_PIECE = 1 << 20
 MAX_GROUP = 1 << 20
 
 
 def describe_file(path: Path, advance=lambda nbytes: None) -> dict:
     """{name, size, sha256}; advance is told the bytes read."""
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while piece := file.read(HASH_PIECE):
-            digest.update(piece)
-            size += len(piece)
-            advance(len(piece))
+    buffer = memoryview(bytearray(HASH_PIECE))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+            advance(count)
     return {"name": path.name, "size": size, "sha256": digest.hexdigest()}
 
 

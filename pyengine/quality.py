@@ -341,7 +341,8 @@ def plot(measurements: list[Measurement], path) -> None:
     panel = figure.subplots()
     for i, m in enumerate(measurements):
         dots, line = _points(m._quantized()), _points(m.layers)
-        panel.plot(*zip(*line), color=f"C{i}", marker="_", label=f"{m.label}: {m.quantized.snr_db:.1f} dB")
+        label = f"{m.label}: {m.quantized.snr_db:.1f} dB"
+        panel.plot(*zip(*line), color=f"C{i}", marker="_", label=label)
         panel.scatter(*zip(*dots), color=f"C{i}", s=9, alpha=0.5)
     panel.set(xlabel="layer", ylabel="signal to noise, dB")
     panel.xaxis.get_major_locator().set_params(integer=True)

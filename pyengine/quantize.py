@@ -36,8 +36,8 @@ from .sampling import checkpoint_settings, to_generation_config
 from .tokenizer import export_tokenizer
 
 SHARD_BYTES = 4 << 30
-PIECE_BYTES = 8 << 20  # codes computed at a time
-PIECES_BEHIND = 8  # at most, computed and not yet written
+PIECE_BYTES = 2 << 20  # codes computed at a time
+PIECES_BEHIND = 32  # at most, computed and not yet written
 
 
 # ---- what is written -------------------------------------------------------------------------
@@ -263,7 +263,8 @@ def _identity(checkpoint: Checkpoint, bits: int, options: Options) -> str:
     """What a run must share with the one that it continues; cheap, and no proof of equal bytes."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns)
              for path in checkpoint.source_files]
-    said = [provenance.engine_version(), files, bits, options.group_size, options.scale, options.shard_bytes]
+    said = [provenance.engine_version(), files, bits, options.group_size, options.scale,
+            options.shard_bytes]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
@@ -516,7 +517,8 @@ def _check_destinations(directories: list[Path]) -> None:
         raise InputError(f"{directories[0]}: want two directories, got one twice")
     for directory in directories:
         if directory.exists():
-            raise InputError(f"{directory}: want a directory that does not exist yet, got one that does")
+            raise InputError(f"{directory}: want a directory that does not exist yet, "
+                             "got one that does")
         if not directory.absolute().parent.is_dir():
             raise InputError(f"{directory}: want a directory to write in, got no {directory.parent}")
 

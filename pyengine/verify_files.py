@@ -84,12 +84,12 @@ def _compare_files(directory, said) -> list[str]:
 
 def _check_fields(directory, said, checkpoint: Checkpoint | None) -> list[str]:
     """The provenance against itself and, where its files are intact, against the tensors."""
-    sources = said["source"]["files"]
+    twin_id = provenance.twin_id(said["source"]["files"], said["method"], said["group_size"])
     fields = [
         ("sha256", provenance.own_digest(said), said["sha256"]),
         ("engine.name", "pyengine", said["engine"]["name"]),
         ("seed", provenance.SEED, said["seed"]),
-        ("twin.id", provenance.twin_id(sources, said["method"], said["group_size"]), said["twin"]["id"]),
+        ("twin.id", twin_id, said["twin"]["id"]),
         ("twin.kind", f"int{said['bits']}", said["twin"]["kind"]),
     ]
     if checkpoint is not None:
@@ -113,7 +113,8 @@ def _compare_twins(directory, said, twin) -> list[str]:
     other = provenance.read(twin)
     if other["twin"]["id"] == said["twin"]["id"]:
         return []
-    return [f"{twin}: want the source and method of {directory}, got another: twin {other['twin']['id']}"]
+    return [f"{twin}: want the source and method of {directory}, got another: "
+            f"twin {other['twin']['id']}"]
 
 
 def _compare_source(directory, said, source) -> list[str]:
@@ -134,7 +135,8 @@ def _compare_source(directory, said, source) -> list[str]:
 def _digests_of_source(checkpoint, said) -> dict[str, str]:
     scales = {method: scale for scale, method in METHODS.items()}
     if said["method"] not in scales:
-        raise InputError(f"{checkpoint.path}: want a method that this engine has, got {said['method']!r}")
+        raise InputError(f"{checkpoint.path}: want a method that this engine has, "
+                         f"got {said['method']!r}")
     if said["bits"] not in (8, 4):
         raise InputError(f"{checkpoint.path}: want 8 or 4 bits, got {said['bits']}")
     options = Options(said["group_size"], scales[said["method"]])

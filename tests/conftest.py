@@ -24,6 +24,14 @@ def each_isa(request):
 
 
 @pytest.fixture(scope="session")
+def odd_model(tmp_path_factory):
+    """A GGUF that differs from pattern31.gguf in every dimension."""
+    from odd_model import write_odd_model
+
+    return write_odd_model(tmp_path_factory.mktemp("odd") / "odd.gguf")
+
+
+@pytest.fixture(scope="session")
 def golden():
     """tests/golden/LOCK.json, parsed; tools/make_golden.py says what it holds."""
     return json.loads((GOLDEN / "LOCK.json").read_text())

@@ -12,16 +12,17 @@ from pyengine.export import export_compressed_tensors, scales_of_groups
 from pyengine.files.safetensors import SafetensorsDirectory, SafetensorsWriter
 from pyengine.quantize import quantize
 
-TWINS = [(name, bits) for name in ("pattern31", "nextn") for bits in (8, 4)]
+TWINS = [(name, bits) for name in ("pattern31", "nextn", "odd") for bits in (8, 4)]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(tmp_path_factory, odd_model):
     """{(model, bits): (our directory, what was exported from it)}"""
     root, found = tmp_path_factory.mktemp("export"), {}
     for name, bits in TWINS:
         if bits == 8:
-            quantize(GOLDEN / f"{name}.gguf", root / f"{name}-8", root / f"{name}-4")
+            source = odd_model if name == "odd" else GOLDEN / f"{name}.gguf"
+            quantize(source, root / f"{name}-8", root / f"{name}-4")
         source, packed = root / f"{name}-{bits}", root / f"{name}-{bits}-packed"
         export_compressed_tensors(source, packed)
         found[name, bits] = source, packed

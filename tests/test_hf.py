@@ -21,18 +21,20 @@ from hf_float64 import Float64Mode  # noqa: E402
 pytestmark = pytest.mark.golden
 
 MODELING = Path(hf.__file__).parent / "modeling_pyengine.py"
-TWINS = [("pattern31", 8), ("pattern31", 4), ("nextn", 8), ("nextn", 4), ("tied", 8)]
+TWINS = [("pattern31", 8), ("pattern31", 4), ("nextn", 8), ("nextn", 4), ("tied", 8), ("odd", 8),
+         ("odd", 4)]
 DTYPES = ["auto", torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MARKS = ("_i8", "_i4", "_q8", "_q4")
 IDS = np.random.default_rng(1729).integers(0, 100, 20)
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory):
+def twins(tmp_path_factory, odd_model):
     """{(model, bits): directory}"""
     root = tmp_path_factory.mktemp("twins")
     for name in {name for name, _ in TWINS}:
-        quantize(GOLDEN / f"{name}.gguf", root / f"{name}-8", root / f"{name}-4")
+        source = odd_model if name == "odd" else GOLDEN / f"{name}.gguf"
+        quantize(source, root / f"{name}-8", root / f"{name}-4")
     return {(name, bits): root / f"{name}-{bits}" for name, bits in TWINS}
 
 
@@ -148,7 +150,7 @@ def test_an_unknown_option_is_refused(twins):
 # ---- running ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("twin", [("pattern31", 8), ("nextn", 4)])
+@pytest.mark.parametrize("twin", [("pattern31", 8), ("nextn", 4), ("odd", 8)])
 def test_generate_takes_the_same_tokens_as_the_reference(twins, twin):
     model = load(twins[twin], dtype=torch.float64)
     model.generation_config.eos_token_id = None

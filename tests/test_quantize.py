@@ -1,7 +1,12 @@
 """The INT8 quantizer: the rule, the files, and what happens when something is wrong."""
 
+import functools
 import hashlib
 import json
+import resource
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ from gguf.constants import GGMLQuantizationType as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from odd_model import DIMENSIONS
 from rewrite import GOLDEN, rewrite, split_gguf
 
 import pyengine
@@ -95,9 +101,16 @@ def test_bfloat16_is_the_nearest(x):
         assert ok.all()
 
 
-@pytest.mark.parametrize("name", ["pattern31", "nextn", "fused", "tied", "bfloat16"])
-def test_written_codes_are_the_rule_applied_to_the_source(tmp_path, name):
-    source = GOLDEN / f"{name}.gguf"
+def test_the_odd_model_differs_in_every_dimension(odd_model):
+    one, other = (open_checkpoint(path).config for path in (PLAIN, odd_model))
+    assert len(DIMENSIONS) > 15
+    for name in [*DIMENSIONS, "layer_types"]:
+        assert getattr(one, name) != getattr(other, name), name
+
+
+@pytest.mark.parametrize("name", ["pattern31", "nextn", "fused", "tied", "bfloat16", "odd"])
+def test_written_codes_are_the_rule_applied_to_the_source(tmp_path, odd_model, name):
+    source = odd_model if name == "odd" else GOLDEN / f"{name}.gguf"
     quantize(source, tmp_path / "int8")
     before, after = open_checkpoint(source).tensors, open_checkpoint(tmp_path / "int8").tensors
     assert list(before) == list(after)
@@ -164,14 +177,59 @@ def test_nonfinite_source_names_tensor_row_and_group_and_leaves_nothing(tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.gguf"]
 
 
+NOT_FINITE = [np.nan, np.inf, -np.inf]
+
+
+def spoilt(kind, source, path):
+    """The source with one thing wrong, and what the message must name."""
+    name = "blk.3.attn_k.weight"
+    tensor = GGUF.open(source).tensors[name]
+    if kind == "unknown name":
+        rewrite(source, path, tensors={"blk.3.attn_k_weight": (tensor.data.copy(), tensor.type)})
+        return "blk.3.attn_k_weight: want only tensors"
+    if kind == "no linear":
+        rewrite(source, path, tensors={name: (tensor.data[0].copy(), tensor.type)})
+        return f"{name}: want "
+    if kind == "block scale":
+        data = tensor.data.copy()
+        data[1, :2] = np.array([0xFC00], np.uint16).view(np.uint8)
+        rewrite(source, path, tensors={name: (data, tensor.type)})
+        return f"{name}: row 1, group 0: want finite values"
+    values = np.zeros(tensor.shape, np.float32)
+    values[2, 40] = kind
+    rewrite(source, path, tensors={name: (values, T.F32)})
+    return f"{name}: row 2, group 0: want finite values"
+
+
+@pytest.mark.parametrize("kind", ["unknown name", "no linear", "block scale", *NOT_FINITE])
+@pytest.mark.parametrize("model", ["pattern31", "odd"])
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, odd_model, model, kind):
+    named = spoilt(kind, odd_model if model == "odd" else PLAIN, tmp_path / "bad.gguf")
+    assert main(["quantize", str(tmp_path / "bad.gguf"), "--int8", str(tmp_path / "int8"), "--int4",
+                 str(tmp_path / "int4")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and named in err
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.gguf"]
+
+
+def test_a_destination_that_exists_is_one_line(tmp_path, capsys):
+    destinations = ["--int8", str(tmp_path), "--int4", str(tmp_path / "int4")]
+    assert main(["quantize", str(PLAIN), *destinations]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "want a directory that does not exist yet" in err
+    assert not list(tmp_path.iterdir())
+
+
 def tree(directory):
     return {p.name: p.read_bytes() for p in directory.iterdir()}
 
 
+@pytest.mark.parametrize("source", [PLAIN, "odd"], ids=["pattern31", "odd"])
 @pytest.mark.parametrize("after", [1, 20, 40, 60])
-def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, after):
-    options = {"shard_bytes": 40_000, "threads": 1}
-    quantize(PLAIN, tmp_path / "whole8", tmp_path / "whole4", **options)
+def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, odd_model, source,
+                                                        after):
+    source, options = odd_model if source == "odd" else source, {"shard_bytes": 40_000, "threads": 1}
+    quantize(source, tmp_path / "whole8", tmp_path / "whole4", **options)
     calls, original = [], Pass._parameter
 
     def fail(self, wanted):
@@ -182,12 +240,12 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, a
 
     monkeypatch.setattr(Pass, "_parameter", fail)
     with pytest.raises(KeyboardInterrupt):
-        quantize(PLAIN, tmp_path / "int8", tmp_path / "int4", **options)
+        quantize(source, tmp_path / "int8", tmp_path / "int4", **options)
     assert not (tmp_path / "int8").exists() and not (tmp_path / "int4").exists()
     before = len(calls)
-    quantize(PLAIN, tmp_path / "int8", tmp_path / "int4", **options)
+    quantize(source, tmp_path / "int8", tmp_path / "int4", **options)
     if after > 20:  # complete files were not written again
-        assert len(calls) - before < len(model_specs(open_checkpoint(PLAIN).config)) - 4
+        assert len(calls) - before < len(model_specs(open_checkpoint(source).config)) - 4
     for bits in (8, 4):
         assert tree(tmp_path / f"int{bits}") == tree(tmp_path / f"whole{bits}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["int4", "int8", "whole4", "whole8"]
@@ -224,6 +282,37 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         quantize(PLAIN, tmp_path / "int8")
     assert [p.name for p in tmp_path.iterdir()] == ["int8.partial"]
+
+
+def test_a_disk_that_the_system_says_is_full(tmp_path, odd_model):
+    """For once not pretended: the system lets no file grow beyond a size."""
+    command = [sys.executable, "-m", "pyengine", "quantize", odd_model, "--int8", tmp_path / "int8",
+               "--int4", tmp_path / "int4"]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (300_000, 300_000))
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "File too large" in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"int8.partial", "int4.partial"}
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*provenance*"))
+    assert subprocess.run(command).returncode == 0
+    quantize(odd_model, tmp_path / "whole8", tmp_path / "whole4")
+    for bits in (8, 4):
+        assert tree(tmp_path / f"int{bits}") == tree(tmp_path / f"whole{bits}")
+
+
+def test_a_run_that_was_killed_continues(tmp_path, odd_model):
+    """SIGKILL, at any moment: nothing of the process's own can tidy up."""
+    code = ("import sys\nfrom pyengine.quantize import quantize\n"
+            "quantize(sys.argv[1], sys.argv[2], shard_bytes=40_000, threads=1)")
+    command = [sys.executable, "-c", code, odd_model, tmp_path / "int8"]
+    process = subprocess.Popen(command)
+    while not list(tmp_path.glob("int8.partial/model-00004*")) and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    subprocess.run(command, check=True) if not (tmp_path / "int8").exists() else None
+    quantize(odd_model, tmp_path / "whole", shard_bytes=40_000)
+    assert tree(tmp_path / "int8") == tree(tmp_path / "whole")
 
 
 def test_a_quantized_directory_is_no_source(tmp_path):
@@ -372,9 +461,9 @@ def test_both_twins_of_one_pass_equal_those_of_two(tmp_path):
     assert ids[0] == ids[1]
 
 
-@pytest.mark.parametrize("name", ["pattern31", "nextn", "fused", "tied", "bfloat16"])
-def test_int4_codes_and_both_arithmetics(tmp_path, name):
-    source = GOLDEN / f"{name}.gguf"
+@pytest.mark.parametrize("name", ["pattern31", "nextn", "fused", "tied", "bfloat16", "odd"])
+def test_int4_codes_and_both_arithmetics(tmp_path, odd_model, name):
+    source = odd_model if name == "odd" else GOLDEN / f"{name}.gguf"
     quantize(source, int4=tmp_path / "int4")
     before, after = open_checkpoint(source).tensors, open_checkpoint(tmp_path / "int4").tensors
     kinds = set()

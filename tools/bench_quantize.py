@@ -2,12 +2,13 @@
 
     python tools/bench_quantize.py SLICE.gguf [--rounds 3] [--scratch DIR]
 
-Each round copies the source (`cp`, then fsync), then runs `pyengine quantize SRC --int8 --int4` on it,
-both from a source that is not in the page cache, and deletes what was written.  Copied bytes count as
-read and as written; so do the source's and the twins'.  The ratio is that of bytes a second, of medians.
-Memory is the greatest RssAnon seen (every 20 ms), and VmHWM, in which mapped pages count.
+Each round runs `pyengine quantize SRC --int8 --int4`, then copies the two directories that it wrote
+(`cp`, then fsync), and deletes all of it; neither finds its input in the page cache.  Both write the
+same bytes; the copy reads more, but quantizing reads them to hash them too.  The ratio is that of the
+medians of bytes written a second.  Memory is the greatest RssAnon seen (every 20 ms), and VmHWM, in
+which mapped pages count.
 
-tools/make_slice.py makes a source of real sizes.  Needs three times its size on the disk.
+tools/make_slice.py makes a source of real sizes.  Needs four times its size on the disk.
 """
 
 from __future__ import annotations
@@ -26,23 +27,22 @@ from pathlib import Path
 MEMORY = ("RssAnon", "VmHWM")
 
 
-def forget(path: Path) -> None:
+def forget(*paths: Path) -> None:
     """Out of the page cache."""
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for path in files_of(*paths):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def copy(source: Path, scratch: Path) -> float:
+def copy(twins: list[Path], destination: Path) -> float:
     """Seconds."""
-    forget(source)
+    forget(*twins)
+    destination.mkdir()
     began = time.perf_counter()
-    subprocess.run(["cp", source, scratch / "copy"], check=True)
-    sync(scratch / "copy")
+    subprocess.run(["cp", "-r", *twins, destination], check=True)
+    for path in files_of(destination):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     return time.perf_counter() - began
 
 
@@ -67,48 +67,47 @@ def memory_of(pid: int) -> dict[str, int]:
     return {name: int(lines.get(name, "0 kB").split()[0]) * 1024 for name in MEMORY}
 
 
-def size_of(*paths: Path) -> int:
+def files_of(*paths: Path) -> list[Path]:
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
-    return sum(file.stat().st_size for file in files)
+    return [file for file in files if file.is_file()]
 
 
 def measure(source: Path, scratch: Path, rounds: int, options: list[str]) -> dict:
     copies, runs, most = [], [], dict.fromkeys(MEMORY, 0)
     for _ in range(rounds):
-        copies.append(copy(source, scratch))
-        (scratch / "copy").unlink()
         seconds, memory = quantize(source, scratch, options)
         runs.append(seconds)
         most = {name: max(most[name], memory[name]) for name in MEMORY}
-        written = size_of(scratch / "int8", scratch / "int4")
-        for name in ("int8", "int4"):
-            shutil.rmtree(scratch / name)
-    read = size_of(source)
-    copy_speed = 2 * read / statistics.median(copies)
-    speed = (read + written) / statistics.median(runs)
-    return {"read": read, "written": written, "copy_seconds": copies, "quantize_seconds": runs,
-            "copy_bytes_per_second": copy_speed, "quantize_bytes_per_second": speed,
-            "ratio": speed / copy_speed, **{f"peak_{name}": value for name, value in most.items()}}
+        twins = [scratch / "int8", scratch / "int4"]
+        written = sum(path.stat().st_size for path in files_of(*twins))
+        copies.append(copy(twins, scratch / "copy"))
+        for path in (*twins, scratch / "copy"):
+            shutil.rmtree(path)
+    return {"read": source.stat().st_size, "written": written, "copy_seconds": copies,
+            "quantize_seconds": runs, "ratio": statistics.median(copies) / statistics.median(runs),
+            **{f"peak_{name}": value for name, value in most.items()}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, metavar="SRC.gguf")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="where to write (default: beside SRC)")
+    parser.add_argument("--scratch", type=Path, metavar="DIR",
+                        help="where to write (default: beside SRC)")
     parser.add_argument("--json", action="store_true")
     options, others = parser.parse_known_args()  # the rest is for `pyengine quantize`
-    with tempfile.TemporaryDirectory(dir=options.scratch or options.source.absolute().parent) as scratch:
+    where = options.scratch or options.source.absolute().parent
+    with tempfile.TemporaryDirectory(dir=where) as scratch:
         found = measure(options.source, Path(scratch), options.rounds, others)
     if options.json:
         return print(json.dumps(found, indent=2))
     for name in ("copy", "quantize"):
         seconds = ", ".join(f"{value:.1f}" for value in found[f"{name}_seconds"])
-        print(f"{name:<10} {found[f'{name}_bytes_per_second'] / 1e9:.2f} GB/s read and written "
-              f"({seconds} s)")
+        speed = found["written"] / statistics.median(found[f"{name}_seconds"])
+        print(f"{name:<10} {speed / 1e9:.2f} GB/s written ({seconds} s)")
     print(f"ratio      {found['ratio']:.0%}")
-    print(f"memory     {found['peak_RssAnon'] / 2**20:.0f} MiB beside the mapped source (peak RssAnon), "
-          f"{found['peak_VmHWM'] / 2**20:.0f} MiB with it (VmHWM)")
+    print(f"memory     {found['peak_RssAnon'] / 2**20:.0f} MiB beside the mapped source (peak "
+          f"RssAnon), {found['peak_VmHWM'] / 2**20:.0f} MiB with it (VmHWM)")
 
 
 if __name__ == "__main__":

@@ -7,20 +7,21 @@ from .options import check_output, new_command, positive
 
 
 def add_commands(commands):
-    parser = new_command(commands, "quality", _quality, "What quantizing costs: relative error, signal "
-                      "to noise and worst group of every tensor and layer. With --source, of MODELs that "
-                      "were made from it; without, what `quantize` would make of one MODEL.")
+    parser = new_command(commands, "quality", _quality, "What quantizing costs: relative error, "
+                      "signal to noise and worst group of every tensor and layer. With --source, of "
+                      "MODELs that were made from it; without, what `quantize` would make of a MODEL.")
     parser.add_argument("models", metavar="MODEL", nargs="+")
     parser.add_argument("--source", metavar="SRC", help="a GGUF or a Hugging Face directory")
     parser.add_argument("--int8", action="store_true", help="without --source: INT8 only")
     parser.add_argument("--int4", action="store_true", help="without --source: INT4 only")
-    parser.add_argument("--scale", choices=("absmax", "mse"), help="without --source: of both, this one")
+    parser.add_argument("--scale", choices=("absmax", "mse"),
+                        help="without --source: of both, this one")
     parser.add_argument("--group-size", type=positive, metavar="N",
                         help="without --source: columns that share a scale (default: 128)")
     parser.add_argument("-t", "--threads", type=positive, metavar="N")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--plot", metavar="FILE", help="draw signal to noise against the layer, as .png "
-                        "or .svg")
+    parser.add_argument("--plot", metavar="FILE", help="draw signal to noise against the layer, as "
+                        ".png or .svg")
 
 
 def _quality(options):
