@@ -11,12 +11,15 @@ from .errors import InputError
 from .generate import generate
 from .model import load
 from .quantize import quantize
+from .sampling import Sampler
 from .tokenizer import Tokenizer
 from .trace import Trace, record_trace
 from .verify import compare
 
-PROMPT = "In the beginning"
-NEW_TOKENS = 24
+PROMPT = "And God said"
+NEW_TOKENS = 120
+SAMPLING = {"temperature": 0.6, "top_p": 0.9}
+VERSE_END = "\n"
 
 
 def demo(say=print) -> bool:
@@ -52,13 +55,13 @@ def _continue(int8: Path, say) -> None:
         tokenizer = Tokenizer.open(models.CHECKPOINT)
     except InputError as error:
         ids = Trace.load(models.GOLDEN_LOCKED).ids
-        new = [t.id for t in generate(model, ids, NEW_TOKENS)]
+        new = [t.id for t in generate(model, ids, NEW_TOKENS, Sampler(**SAMPLING))]
         say(f"continued  ids {list(map(int, ids))} -> {new} (text: {error})")
         return
     ids = tokenizer.encode(PROMPT)
-    text = "".join(t.text for t in generate(model, ids, NEW_TOKENS, end_ids=tokenizer.end_ids,
-                                            tokenizer=tokenizer))
-    say(f"continued  {PROMPT!r} -> {text!r} (random weights: it has nothing to say)")
+    tokens = generate(model, ids, NEW_TOKENS, Sampler(**SAMPLING), end_ids=tokenizer.end_ids,
+                      stop_strings=VERSE_END, tokenizer=tokenizer)
+    say(f"continued  {PROMPT} ->" + "".join(token.text for token in tokens))
 
 
 def _check(what: str, golden: Path, model, say) -> bool:

@@ -1,4 +1,7 @@
-"""The embedded default: a small checkpoint with golden traces, made by tools/make_default.py."""
+"""The embedded default: a small trained checkpoint with golden traces, made by tools/make_default.py.
+
+It has learnt the King James Bible, from Debian's bible-kjv-text (`tools/train_tiny.py`).
+"""
 
 from pathlib import Path
 
