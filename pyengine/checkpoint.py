@@ -25,6 +25,7 @@ from .files.safetensors import SafetensorsDirectory
 from .names import hint
 
 DENSE_TYPES = ("F32", "F16", "BF16")
+MAX_KNOWN_EXPERTS = 100_000  # of all layers together
 BLOCK_TYPES = {"Q8_0": GGMLQuantizationType.Q8_0, "Q4_0": GGMLQuantizationType.Q4_0}
 
 
@@ -446,8 +447,10 @@ class _DirectoryTensors:
 
     def _known(self) -> set[str]:
         """Every name that this model's tensors can have: as floats, INT8 or INT4, experts fused or
-        apart."""
+        apart.  None for a config.json whose numbers no tensor has confirmed and no model has."""
         names = set()
+        if self.config.num_hidden_layers * self.config.num_experts > MAX_KNOWN_EXPERTS:
+            return names
         for spec in model_specs(self.config):
             name = self._name_in_file(spec.name)
             if not spec.linear:

@@ -29,7 +29,7 @@ from .checkpoint import Checkpoint, Spec, Tensor, model_specs, open_checkpoint
 from .codes import GROUP, LARGEST, SCALES, to_bfloat16
 from .config import read_json
 from .decoder.linear import as_matrix
-from .errors import CheckpointError, FileFormatError, InputError
+from .errors import CheckpointError, FileFormatError, InputError, PyengineError
 from .files.safetensors import SafetensorsFile, SafetensorsWriter
 from .progress import progress
 from .sampling import checkpoint_settings, to_generation_config
@@ -294,6 +294,13 @@ def _write_json(path: Path, value) -> None:
 # ---- the pass --------------------------------------------------------------------------------
 
 
+def _submit(executor, function, *arguments):
+    try:
+        return executor.submit(function, *arguments)
+    except RuntimeError as error:  # no memory for its stack, or too many
+        raise PyengineError(f"threads: one more could not be started: {error}") from None
+
+
 class _Behind:
     """Runs calls in their order on a thread of its own, a few behind the caller.
 
@@ -306,7 +313,7 @@ class _Behind:
     def __call__(self, function, *arguments) -> None:
         if len(self._pending) == PIECES_BEHIND:
             self._pending.popleft().result()
-        self._pending.append(self._executor.submit(self._run, function, arguments))
+        self._pending.append(_submit(self._executor, self._run, function, arguments))
 
     def wait(self) -> None:
         while self._pending:
@@ -472,7 +479,7 @@ def quantize(source, int8=None, int4=None, *, group_size: int = GROUP, scale: st
         with progress(total, "quantize") as bar, ThreadPoolExecutor(1) as beside:
             # What the pass reads is in memory for a while: so near it, the hash is no second reading.
             stop = Event()
-            hashing = beside.submit(_describe_sources, checkpoint, bar.update, stop)
+            hashing = _submit(beside, _describe_sources, checkpoint, bar.update, stop)
             try:
                 Pass(ops.Pool(threads), options, bar.update).run(twins)
                 sources = hashing.result()

@@ -149,6 +149,25 @@ def test_hyper_parameters_that_contradict_the_tensors(tmp_path, key, value, mess
     assert str(caught.value).startswith(f"{path}: {message}") and peak < 16 << 20
 
 
+@pytest.mark.parametrize("name, config", [
+    ("x", {"num_experts": 2**31 - 1, "num_hidden_layers": 1024, "layer_types": None}),  # names by the billion
+    ("model.embed_tokens.weigh" + "t" * 500_000, {}),  # one that takes hours to compare
+])
+def test_a_hint_costs_no_more_than_the_file(tmp_path, name, config):
+    said = open_checkpoint(PLAIN).config.to_hf() | config
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with SafetensorsWriter(tmp_path / "model.safetensors", [(name, "F32", (1,))]) as writer:
+        writer.write(name, np.zeros(1, np.float32))
+    tracemalloc.start()
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert str(caught.value) == (f"{tmp_path}: model.embed_tokens.weight, .weight_i8 or .weight_i4: want "
+                                 "one of these tensors, got none")
+    assert peak < 32 << 20
+
+
 def test_data_that_begins_at_an_odd_byte_is_the_same_model(tmp_path):
     quantize(PLAIN, tmp_path / "int8")
     path = tmp_path / "int8" / "model.safetensors"

@@ -1,5 +1,7 @@
 """tools/fuzz_files.py: every file of the corpus and some changed ones; and that it sees what it is for."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -43,6 +45,14 @@ def test_the_corpus_itself_is_accepted(watched, name):
     for data in watch.target.seeds:
         watch(data)
     assert watch.accepted == len(watch.target.seeds) and watch.faults == 0
+
+
+def test_chat_templates_stay_in_their_sandbox(tmp_path):
+    """In a process of its own: an audit hook stays for good."""
+    pytest.importorskip("jinja2")
+    done = subprocess.run([sys.executable, fuzz_files.__file__, "template", "--runs", "150", "--findings",
+                           str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and " 150 inputs" in done.stdout, done.stdout + done.stderr
 
 
 def test_taken_apart_and_put_together_is_the_same():
