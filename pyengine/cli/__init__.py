@@ -24,10 +24,6 @@ def main(arguments=None) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except MemoryError:
         return _fail("out of memory")
-    except RuntimeError as error:
-        if "can't start new thread" not in str(error):  # how Python says that it has no memory for one
-            raise
-        return _fail("out of memory for a thread")
     except KeyboardInterrupt:
         return 130
 
