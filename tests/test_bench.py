@@ -192,7 +192,8 @@ def test_the_slice_has_the_sizes_of_the_model(tools):
 
 def test_bench_quantize(tmp_path):
     command = [sys.executable, TOOLS / "bench_quantize.py", MODEL, "--rounds", "1", "--scratch", tmp_path]
-    said = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
+    said = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True,
+                                     cwd=tmp_path).stdout)
     assert said["read"] == MODEL.stat().st_size and said["written"] > said["read"] / 2
     assert said["ratio"] == said["copy_seconds"][0] / said["quantize_seconds"][0]
     assert 0 < said["peak_RssAnon"] < said["peak_VmHWM"] and not list(tmp_path.iterdir())

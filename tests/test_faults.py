@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +22,10 @@ posix = pytest.mark.skipif(os.name != "posix", reason="of POSIX")
 
 
 def child(script, *arguments, **options):
-    """The script in a process of its own, with no threads before it forks."""
+    """The script in a process of its own, with no threads before it forks; not in the clone, whose
+    sources would stand before the installed package."""
     return subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-                          capture_output=True, text=True, timeout=300, **options)
+                          capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent, **options)
 
 
 # ---- a file that changes while it is mapped ------------------------------------------------------

@@ -289,12 +289,12 @@ def test_a_disk_that_the_system_says_is_full(tmp_path, odd_model):
     command = [sys.executable, "-m", "pyengine", "quantize", odd_model, "--int8", tmp_path / "int8",
                "--int4", tmp_path / "int4"]
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (300_000, 300_000))
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "File too large" in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"int8.partial", "int4.partial"}
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*provenance*"))
-    assert subprocess.run(command).returncode == 0
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
     quantize(odd_model, tmp_path / "whole8", tmp_path / "whole4")
     for bits in (8, 4):
         assert tree(tmp_path / f"int{bits}") == tree(tmp_path / f"whole{bits}")
@@ -305,12 +305,12 @@ def test_a_run_that_was_killed_continues(tmp_path, odd_model):
     code = ("import sys\nfrom pyengine.quantize import quantize\n"
             "quantize(sys.argv[1], sys.argv[2], shard_bytes=40_000, threads=1)")
     command = [sys.executable, "-c", code, odd_model, tmp_path / "int8"]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, cwd=tmp_path)
     while not list(tmp_path.glob("int8.partial/model-00004*")) and process.poll() is None:
         time.sleep(0.001)
     process.kill()
     process.wait()
-    subprocess.run(command, check=True) if not (tmp_path / "int8").exists() else None
+    subprocess.run(command, check=True, cwd=tmp_path) if not (tmp_path / "int8").exists() else None
     quantize(odd_model, tmp_path / "whole", shard_bytes=40_000)
     assert tree(tmp_path / "int8") == tree(tmp_path / "whole")
 

@@ -583,7 +583,7 @@ def test_without_the_extra(tmp_path):
             "export_tokenizer(sys.argv[1], sys.argv[2])\n"
             "Tokenizer.from_gguf(sys.argv[1])")
     done = subprocess.run([sys.executable, "-c", code, str(GOLDEN), str(tmp_path)],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, cwd=tmp_path)
     assert done.stderr.strip().endswith(
         "InputError: tokenizer: want the package's extra: pip install 'pyengine[text]'")
     assert (tmp_path / "tokenizer.json").exists()
