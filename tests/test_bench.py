@@ -239,3 +239,13 @@ def test_peers():
     rows = json.loads(done.stdout)["rows"]
     assert [row["test"] for row in rows] == ["tg4", "pp8"]
     assert all(row["ratio"] > 0 and row["logits_correlation"] > 0.99 for row in rows)
+
+
+def test_two_checkpoints():
+    trained = MODEL.parents[1] / "trained" / "bf16.gguf"
+    from pyengine.models import CHECKPOINT
+
+    done = peers(CHECKPOINT, "--other", trained, "--prompt", 8, "--gen", 0, "--rounds", 1, "--threads", 1)
+    assert done.returncode == 0 and "| bf16.gguf t/s |" in done.stdout, done.stderr
+    done = peers(CHECKPOINT, "--other", MODEL)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(MODEL) in done.stderr

@@ -2,6 +2,7 @@
 
     pip install llama-cpp-python
     python tools/bench_peers.py MODEL.gguf --threads 1,2 --prompt 512 --gen 64 --rounds 5 [--json]
+    python tools/bench_peers.py MODEL.gguf --other CHECKPOINT     # this engine on both, INT8 say
 
 Each engine is a process of its own that maps the file once, waits for commands, and times the work
 alone; the two never work at the same time.  Rounds alternate A B A B, so that what disturbs the
@@ -128,12 +129,13 @@ def measure(runner, threads: int, prompt: int, gen: int) -> dict:
 class Worker:
     """The other end of `work`."""
 
-    def __init__(self, engine: str, path: str, context: int):
+    def __init__(self, engine: str, path: str, context: int, name: str):
         command = [sys.executable, __file__, "--worker", engine, "--context", str(context), path]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True)
-        self.engine = engine
-        self.version = self._read()["version"]
+        self.name = name
+        said = self._read()
+        self.version, self.vocab_size = said["version"], said["vocab_size"]
 
     def measure(self, **command) -> dict:
         print(json.dumps(command), file=self.process.stdin, flush=True)
@@ -142,7 +144,7 @@ class Worker:
     def _read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"bench_peers: {self.engine}: want an answer, got none (see above)")
+            sys.exit(f"bench_peers: {self.name}: want an answer, got none (see above)")
         return json.loads(line)
 
     def close(self) -> None:
@@ -160,10 +162,10 @@ def compare(workers: list[Worker], threads: list[int], prompt: int, gen: int,
     rows = []
     for count in threads:
         for n_prompt, n_gen in tests:
-            answers = {worker.engine: [] for worker in workers}
+            answers = {worker.name: [] for worker in workers}
             for _ in range(rounds + 1):
                 for worker in workers:
-                    answers[worker.engine].append(
+                    answers[worker.name].append(
                         worker.measure(threads=count, prompt=n_prompt, gen=n_gen))
             rows.append(_row(n_prompt, n_gen, count, answers))
     return rows
@@ -171,17 +173,17 @@ def compare(workers: list[Worker], threads: list[int], prompt: int, gen: int,
 
 def _row(n_prompt: int, n_gen: int, threads: int, answers: dict[str, list]) -> dict:
     """The ratio is that of the medians; its range is that of the single rounds."""
-    samples = {engine: [(n_prompt + n_gen) / answer["seconds"] for answer in answers[engine][1:]]
-               for engine in ENGINES}
+    samples = {name: [(n_prompt + n_gen) / answer["seconds"] for answer in timed[1:]]
+               for name, timed in answers.items()}
     ours, theirs = samples.values()
     ratios = [a / b for a, b in zip(ours, theirs)]
     return {
         "test": f"pp{n_prompt}" if n_prompt else f"tg{n_gen}", "n_threads": threads,
-        **{engine: {"median_ts": statistics.median(samples[engine]),
-                    "samples_ts": samples[engine]} for engine in ENGINES},
+        **{name: {"median_ts": statistics.median(s), "samples_ts": s} for name, s in samples.items()},
         "ratio": statistics.median(ours) / statistics.median(theirs),
         "ratio_range": [min(ratios), max(ratios)],
-        "logits_correlation": float(np.corrcoef(*(answers[e][0]["logits"] for e in ENGINES))[0, 1]),
+        "logits_correlation": float(np.corrcoef(
+            *(timed[0]["logits"] for timed in answers.values()))[0, 1]),
     }
 
 
@@ -195,12 +197,13 @@ def processor() -> str:
 
 
 def as_markdown(report: dict) -> str:
+    first, second = report["names"]
     lines = [f"{report['model']}; {report['processor']}; medians of {report['rounds']} rounds; "
              f"load average before: {report['load_average']}", "; ".join(report["versions"]), "",
-             "| test | threads | pyengine t/s | llama.cpp t/s | ratio | single rounds | same logits |",
-             "|------|--------:|-------------:|--------------:|------:|--------------:|------------:|"]
+             f"| test | threads | {first} t/s | {second} t/s | ratio | single rounds | same logits |",
+             "|------|--:|--:|--:|--:|--:|--:|"]
     for row in report["rows"]:
-        ours, theirs = (row[engine]["median_ts"] for engine in ENGINES)
+        ours, theirs = (row[name]["median_ts"] for name in report["names"])
         low, high = row["ratio_range"]
         lines.append(f"| {row['test']} | {row['n_threads']} | {ours:.2f} | {theirs:.2f} "
                      f"| {row['ratio']:.2f} | {low:.2f} - {high:.2f} "
@@ -222,6 +225,8 @@ def _options():
     parser.add_argument("--prompt", type=int, default=512, metavar="N", help="0: none")
     parser.add_argument("--gen", type=int, default=64, metavar="N", help="0: none")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--other", metavar="CHECKPOINT",
+                        help="instead of llama.cpp: this engine on another checkpoint")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, help=argparse.SUPPRESS)
@@ -233,7 +238,7 @@ def main() -> int:
     if options.worker:
         work(options.worker, options.model, options.context)
         return 0
-    if importlib.util.find_spec("llama_cpp") is None:
+    if not options.other and importlib.util.find_spec("llama_cpp") is None:
         print("bench_peers: want llama-cpp-python (pip install llama-cpp-python), got none",
               file=sys.stderr)
         return 2
@@ -245,9 +250,15 @@ def main() -> int:
         return 2
     load = round(os.getloadavg()[0], 2)
     context = max(options.prompt, options.gen) + BATCH
-    workers = [Worker(engine, options.model, context) for engine in ENGINES]
+    sides = [("pyengine", options.model, "pyengine")]
+    sides += ([("pyengine", options.other, Path(options.other).name)] if options.other else
+              [("llama.cpp", options.model, "llama.cpp")])
+    workers = [Worker(engine, path, context, name) for engine, path, name in sides]
+    if workers[0].vocab_size != workers[1].vocab_size:
+        print(f"bench_peers: {options.other}: want a checkpoint of the same model", file=sys.stderr)
+        return 2
     report = {"model": Path(options.model).name, "processor": processor(), "rounds": options.rounds,
-              "load_average": load,
+              "load_average": load, "names": [worker.name for worker in workers],
               "versions": [worker.version for worker in workers],
               "rows": compare(workers, options.threads, options.prompt, options.gen, options.rounds)}
     for worker in workers:
