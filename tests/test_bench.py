@@ -14,7 +14,7 @@ import pytest
 from rewrite import GOLDEN
 
 import pyengine
-from pyengine import bench, memory
+from pyengine import bench, memory, ops
 from pyengine.checkpoint import open_checkpoint
 from pyengine.config import FULL, LINEAR, Config
 from pyengine.errors import InputError
@@ -249,3 +249,15 @@ def test_two_checkpoints():
     assert done.returncode == 0 and "| bf16.gguf t/s |" in done.stdout, done.stderr
     done = peers(CHECKPOINT, "--other", MODEL)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(MODEL) in done.stderr
+
+
+def test_profile_ops(tools, capsys):
+    import profile_ops
+
+    model, before = pyengine.load(MODEL, threads=1), ops.lib
+    seconds, parts = profile_ops.profile(model, [1], [[2, 3], [4]])
+    assert ops.lib is before
+    assert {"pe_experts", "pe_matmul_each", "pe_delta_rule"} <= set(parts)
+    assert 0 < sum(parts.values()) < seconds
+    profile_ops.report("all", seconds, parts, 2)
+    assert "(Python)" in capsys.readouterr().out
