@@ -137,7 +137,8 @@ def test_no_room_for_a_checkpoint_and_then_there_is(tmp_path, limit):
 AS_NOBODY = """
     import locale, os, sys
     import pyengine.decoder.model, pyengine.quantize, pyengine.trace  # nobody may not read Python's folder
-    from pyengine.cli import main
+    from pyengine.cli import _parser, main
+    _parser()
     if os.geteuid() == 0:
         os.seteuid(65534)
     sys.exit(main(sys.argv[1:]))
