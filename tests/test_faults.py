@@ -191,6 +191,7 @@ STARVED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="of Linux")
 @pytest.mark.parametrize("command, size", [("trace", 1 << 18), ("quantize", 4 << 20)])
 def test_too_little_memory_is_one_line(tmp_path, command, size):

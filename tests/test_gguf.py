@@ -567,6 +567,7 @@ def test_hostile_counts_allocate_nothing(tmp_path):
 EMPTY = MAX_STRINGS // 2 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content, message", [
     ([array(b"a", Value.STRING, 2**30, b"")], f"a: want at most {MAX_STRINGS} strings, got {2**30}"),
     ([array(b"a", Value.STRING, EMPTY, bytes(8 * EMPTY)), array(b"b", Value.STRING, EMPTY, b"")],
