@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .chat import CLOSE, OPEN, ChatPrompt, ChatTemplate, ThinkingText, has_chat_template, overlap
+from .chat import CLOSE, OPEN, ChatPrompt, ChatTemplate, ThinkingText, overlap
 from .errors import InputError, PyengineError
 from .ids import as_ids
 from .sampling import Sampler, checkpoint_settings, largest, log_probabilities

@@ -34,7 +34,7 @@ from .checkpoint import (
     open_checkpoint,
 )
 from .codes import GROUP, LARGEST, SCALES, to_bfloat16
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError
 from .figure import check_plot, new_figure, save_figure
 from .progress import progress
 from .quantize import Options, checked_options, open_source, plan, quantize_rows

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from chat_models import FAMILY, MODEL, assistant, user, with_template
+from chat_models import MODEL, assistant, user, with_template
 
 import pyengine
 from pyengine.errors import FileFormatError, InputError

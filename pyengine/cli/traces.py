@@ -76,7 +76,7 @@ def _add_verify(commands):
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--junit", metavar="FILE", help="JUnit XML, a test case a tensor")
     parser.add_argument("--markdown", metavar="FILE", help="a summary for a pull request")
-    parser.add_argument("--plot", metavar="FILE", help="error by layer, as .png, .svg or .pdf")
+    parser.add_argument("--plot", metavar="FILE", help="error by layer, as .png or .svg")
 
 
 def _factor(text):
@@ -90,6 +90,7 @@ _factor.__name__ = "number from 1 on"
 
 
 def _verify(options):
+    from ..figure import check_plot
     from ..oracle import report
     from ..oracle.check import Oracle, is_model
 
@@ -97,7 +98,7 @@ def _verify(options):
         if path:
             check_output(path)
     if options.plot:
-        report.check_plot(options.plot)
+        check_plot(options.plot)
     _check_verify(options)
     if is_model(options.reference):
         oracle = Oracle(None, options.reference, options.arithmetic or "float64")

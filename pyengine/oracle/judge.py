@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from ..errors import InputError
 from ..reference import ReferenceModel
 from ..trace import Trace
 from ..verify import Comparison, Difference, compare, compare_tensors

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
-from ..errors import InputError
+from ..figure import check_plot, new_figure, save_figure
 from .judge import DIFFERENT, EXACT, GUILTY, INHERITED, NEAR_TIE, OK, Row, Verdict
 
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 ROWS, FLIPS = 12, 5  # what is listed of a long table
 
 _HEAD = ("tensor", "error", "end to end", "own inputs", "from token", "")
@@ -185,19 +183,10 @@ def _describe(row: Row, verdict: Verdict) -> list[str]:
 # ---- plot ------------------------------------------------------------------------------------
 
 
-def check_plot(path) -> Path:
-    """Known before the work begins: matplotlib is there and the file has a kind it can draw."""
-    path = Path(path)
-    if path.suffix.lower() not in PLOT_SUFFIXES:
-        raise InputError(f"{path}: want a file name that ends in {' or '.join(PLOT_SUFFIXES)}")
-    _figure()
-    return path
-
-
 def plot(verdict: Verdict, path) -> None:
     """Each tensor's relative error by its layer, and what the budget allows the layers' outputs."""
     path = check_plot(path)
-    figure = _figure()(figsize=(9, 4.5), layout="constrained")
+    figure = new_figure((9, 4.5))
     panel = figure.subplots()
     drawn = [row for row in verdict.rows if row.error and row.scale and row.error.rms > 0]
     for status, colour in ((OK, "tab:gray"), (INHERITED, "tab:orange"), (DIFFERENT, "tab:orange"),
@@ -219,7 +208,7 @@ def plot(verdict: Verdict, path) -> None:
     panel.grid(alpha=0.3)
     if drawn:
         panel.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _place(row: Row, verdict: Verdict) -> float:
@@ -231,11 +220,3 @@ def _place(row: Row, verdict: Verdict) -> float:
     same = [r.name for r in verdict.rows if r.name.startswith(f"{match[0].rstrip('.')}.")
             or r.name == match[0].rstrip(".")]
     return int(match[1]) - 1 + (same.index(row.name) + 1) / len(same)
-
-
-def _figure():
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("plot: want matplotlib (pip install 'pyengine[plot]'), got none") from None
-    return Figure
