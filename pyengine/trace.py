@@ -149,7 +149,18 @@ class Recorder:
         self.pieces.setdefault(name, []).append(value.copy())
 
     def tensors(self) -> dict[str, np.ndarray]:
-        return {name: np.concatenate(parts) for name, parts in self.pieces.items()}
+        """In the order of execution, but for a module's outputs, which stand in the module's: a router
+        chooses the experts, NAME.2, before it weighs them, NAME.1."""
+        place = {name: at for at, name in enumerate(self.pieces)}
+
+        def key(name):
+            module, _, output = name.rpartition(".")
+            others = [f"{module}.{i}" for i in (1, 2)]
+            if module in place and name in others:
+                return min(place.get(other, len(place)) for other in others), int(output)
+            return place[name], 0
+
+        return {name: np.concatenate(self.pieces[name]) for name in sorted(place, key=key)}
 
 
 def record_trace(model, ids, state=None, chunk=None) -> Trace:
