@@ -49,11 +49,12 @@ def copy(twins: list[Path], destination: Path) -> float:
 def quantize(source: Path, scratch: Path, options: list[str]) -> tuple[float, dict[str, int]]:
     """Seconds, and the greatest of each of MEMORY, in bytes."""
     forget(source)
-    command = [sys.executable, "-m", "pyengine", "quantize", source, "--int8", scratch / "int8",
-               "--int4", scratch / "int4", *options]
+    command = [sys.executable, "-m", "pyengine", "quantize", source.resolve(), "--int8", "int8",
+               "--int4", "int4", *options]
     began = time.perf_counter()
     most = dict.fromkeys(MEMORY, 0)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    # Not in the folder it was called from: a clone's sources would stand before the package.
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=scratch) as process:
         while process.poll() is None:
             most = {name: max(most[name], now) for name, now in memory_of(process.pid).items()}
             time.sleep(0.02)
