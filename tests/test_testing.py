@@ -429,6 +429,7 @@ def table():
     return {name: kills(mutant) for name, mutant in MUTANTS.items()}
 
 
+@pytest.mark.slow
 def test_every_mutant_is_killed_and_every_property_kills_one(table, capsys):
     with capsys.disabled():
         print("\n\n" + shown(table))
