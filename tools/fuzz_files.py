@@ -651,7 +651,8 @@ def limit_memory():
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
     limit = pages * resource.getpagesize() + ADDRESS_SPACE
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)  # kept: not everybody may raise it for the next target
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def main():
