@@ -1,5 +1,7 @@
 """tools/fuzz_files.py: every file of the corpus and some changed ones; and that it sees what it is for."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +55,19 @@ def test_chat_templates_stay_in_their_sandbox(tmp_path):
     done = subprocess.run([sys.executable, fuzz_files.__file__, "template", "--runs", "150", "--findings",
                            str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and " 150 inputs" in done.stdout, done.stdout + done.stderr
+
+
+def test_one_target_leaves_nothing_behind_for_the_next(tmp_path):
+    """The readers' targets replace the mapped file and limit the process's memory."""
+    done = subprocess.run([sys.executable, fuzz_files.__file__, "gguf", "safetensors", "model", "--runs", "64",
+                           "--findings", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("64 inputs") == 3, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("work, code", [(lambda: 0, 0), (lambda: 1, 1), (lambda: 1 // 0, 1),
+                                        (lambda: os.kill(os.getpid(), signal.SIGKILL), -signal.SIGKILL)])
+def test_what_happens_in_a_target_s_process_is_its_exit_code(work, code):
+    assert fuzz_files.apart(work) == code
 
 
 def test_taken_apart_and_put_together_is_the_same():

@@ -23,6 +23,7 @@ being tried lies in --findings/TARGET.last, should the process die.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import mmap
@@ -35,6 +36,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -407,7 +409,7 @@ class Model(Target):
         from pyengine.quantize import quantize
 
         self.pyengine, self.quantize = pyengine, quantize
-        self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+        self.folder = Path(tempfile.mkdtemp())
         self._add_quantized()
 
     def _add_quantized(self):
@@ -651,7 +653,7 @@ def limit_memory():
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
     limit = pages * resource.getpagesize() + ADDRESS_SPACE
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)  # kept: not everybody may raise it for the next target
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
@@ -669,32 +671,57 @@ def main():
     unknown = set(options.targets) - set(TARGETS)
     if unknown:
         parser.error(f"want {', '.join(TARGETS)}, got {unknown.pop()}")
-    seconds = options.seconds or (float("inf") if options.runs else 10)
     warnings.simplefilter("error", RuntimeWarning)
+    if options.replay:
+        return TARGETS[options.targets[0]]().run(options.replay.read_bytes())
+    codes = [apart(functools.partial(fuzz, name, options)) for name in options.targets or TARGETS]
+    return 1 if any(codes) else 0
+
+
+def fuzz(name, options):
+    """One target -> the exit code."""
     if options.coverage:
         import atheris
 
         with atheris.instrument_imports(include=["pyengine"]):
             import pyengine.cli  # noqa: F401
             import pyengine.verify  # noqa: F401
-    faults = 0
-    for name in options.targets or TARGETS:
-        try:
-            target = TARGETS[name]()
-        except ImportError as error:
-            print(f"{name:<12} left out: {error}")
-            continue
-        if options.replay:
-            return target.run(options.replay.read_bytes())
-        watch = Watch(name, target, options.findings)
-        runs = options.runs or sys.maxsize
-        if "PYENGINE_SANITIZED_BUILD" not in os.environ:  # whose shadow is terabytes of addresses
-            limit_memory()
-        if options.coverage:
-            run_coverage(watch, target, runs, seconds, options.seed, options.keep)
-        print(watch.report(run_mutator(watch, target, runs, seconds, options.seed)), flush=True)
-        faults += watch.faults
-    return 1 if faults else 0
+    try:
+        target = TARGETS[name]()
+    except ImportError as error:
+        print(f"{name:<12} left out: {error}")
+        return 0
+    watch = Watch(name, target, options.findings)
+    runs = options.runs or sys.maxsize
+    seconds = options.seconds or (float("inf") if options.runs else 10)
+    if "PYENGINE_SANITIZED_BUILD" not in os.environ:  # whose shadow is terabytes of addresses
+        limit_memory()
+    if options.coverage:
+        run_coverage(watch, target, runs, seconds, options.seed, options.keep)
+    print(watch.report(run_mutator(watch, target, runs, seconds, options.seed)))
+    return 1 if watch.faults else 0
+
+
+def apart(work):
+    """Run in a process of its own -> its exit code.
+
+    The targets put their input in place of pyengine's mapped file and limit their own memory, which
+    is nothing for the next one; and a process that dies has its temporary files removed.
+    """
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        sys.stdout.flush()
+        process = os.fork()
+        if not process:
+            code = 1
+            try:
+                tempfile.tempdir = folder
+                code = work()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 if __name__ == "__main__":
