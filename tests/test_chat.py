@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -370,6 +371,7 @@ def _own_terminal():
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background job would ignore
 
 
 @pytest.fixture
