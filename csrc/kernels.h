@@ -23,14 +23,24 @@
 typedef void pe_matmul_kernel(const pe_matrix *w, int64_t row0, int64_t row1,
                               const pe_activations *a, float *y, int64_t ldy);
 
+#define PE_INFINITY_BITS 0x7f800000u
+#define PE_SCALES_AT_ONCE 8
+
 typedef struct pe_kernels {
     const char *name;
 
     /* One group of n <= PE_GROUP columns: q[0, n) and *scale; PE_OK or PE_ERROR_NONFINITE. */
     int32_t (*quantize_group)(const float *x, int64_t n, int16_t *q, float *scale);
 
+    /* The bits of the greatest |x|; PE_INFINITY_BITS or more if a value is not finite. */
+    uint32_t (*greatest_magnitude)(const float *x, int64_t n);
     /* One group of weights to codes: rint(x / scale), clipped to [-largest, largest]. */
     void (*encode_group)(const float *x, int64_t n, double scale, int32_t largest, int8_t *codes);
+    /* sum[j] = the group's squared error with scale[j], ascending: see PE_SCALE_MSE. */
+    void (*squared_errors)(const float *x, int64_t n, const double scale[PE_SCALES_AT_ONCE],
+                           float largest, double sum[PE_SCALES_AT_ONCE]);
+    /* n blocks of Q8_0 to float32 [n, PE_BLOCK], exact. */
+    void (*load_q8_0)(const void *blocks, int64_t n, float *x);
 
     pe_matmul_kernel *matmul_q8_0;
     pe_matmul_kernel *matmul_int8;

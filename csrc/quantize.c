@@ -3,14 +3,24 @@
 
 #include <math.h>
 
+/* The bits of a float32 without its sign order as the magnitudes do, infinity and NaN above all finite
+ * ones. */
+static uint32_t greatest_magnitude(const float *x, int64_t n)
+{
+    int32_t most = 0; /* signed: SSE2 compares no other */
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t magnitude = (int32_t)(pe_float_to_bits(x[i]) & 0x7fffffffu);
+        most = magnitude > most ? magnitude : most;
+    }
+    return (uint32_t)most;
+}
+
 static int32_t quantize_group(const float *x, int64_t n, int16_t *q, float *scale)
 {
-    float a = 0.0f;
-    for (int64_t i = 0; i < n; i++) {
-        if (!isfinite(x[i]))
-            return PE_ERROR_NONFINITE;
-        a = fmaxf(a, fabsf(x[i]));
-    }
+    const uint32_t bits = greatest_magnitude(x, n);
+    if (bits >= PE_INFINITY_BITS)
+        return PE_ERROR_NONFINITE;
+    const float a = pe_bits_to_float(bits);
     if (a < 0x1p-100f) { /* so that no scale, and no product with one, is subnormal */
         *scale = 0.0f;
         memset(q, 0, (size_t)n * sizeof *q);
@@ -23,7 +33,11 @@ static int32_t quantize_group(const float *x, int64_t n, int16_t *q, float *scal
     return PE_OK;
 }
 
-void pe_fill_scalar_quantize(pe_kernels *k) { k->quantize_group = quantize_group; }
+void pe_fill_scalar_quantize(pe_kernels *k)
+{
+    k->greatest_magnitude = greatest_magnitude;
+    k->quantize_group = quantize_group;
+}
 
 /* ---- the operation --------------------------------------------------------------------------- */
 

@@ -18,7 +18,7 @@ PE_INLINE uint32_t greatest(__m256i v)
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(a, _mm_shuffle_epi32(a, 1)));
 }
 
-static uint32_t greatest_magnitude_bits(const float *x, int64_t n)
+static uint32_t greatest_magnitude(const float *x, int64_t n)
 {
     __m256i a = _mm256_setzero_si256();
     int64_t i = 0;
@@ -41,8 +41,8 @@ PE_INLINE __m256i quantize16(f32x16 x, __m256 s)
 
 static int32_t quantize_group(const float *x, int64_t n, int16_t *q, float *scale)
 {
-    const uint32_t bits = greatest_magnitude_bits(x, n);
-    if (bits >= 0x7f800000u)
+    const uint32_t bits = greatest_magnitude(x, n);
+    if (bits >= PE_INFINITY_BITS)
         return PE_ERROR_NONFINITE;
     const float a = pe_bits_to_float(bits);
     if (a < 0x1p-100f) {
@@ -63,4 +63,8 @@ static int32_t quantize_group(const float *x, int64_t n, int16_t *q, float *scal
     return PE_OK;
 }
 
-void pe_fill_avx2_quantize(pe_kernels *k) { k->quantize_group = quantize_group; }
+void pe_fill_avx2_quantize(pe_kernels *k)
+{
+    k->greatest_magnitude = greatest_magnitude;
+    k->quantize_group = quantize_group;
+}

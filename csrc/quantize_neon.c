@@ -8,9 +8,8 @@
 #include <arm_neon.h>
 
 #define MAGNITUDE 0x7fffffffu
-#define INFINITY_BITS 0x7f800000u
 
-static inline uint32_t greatest_magnitude(const float *x, int64_t n)
+static uint32_t greatest_magnitude(const float *x, int64_t n)
 {
     uint32x4_t most = vdupq_n_u32(0);
     int64_t i = 0;
@@ -29,7 +28,7 @@ static inline uint32_t greatest_magnitude(const float *x, int64_t n)
 static int32_t quantize_group(const float *x, int64_t n, int16_t *q, float *scale)
 {
     uint32_t bits = greatest_magnitude(x, n);
-    if (bits >= INFINITY_BITS)
+    if (bits >= PE_INFINITY_BITS)
         return PE_ERROR_NONFINITE;
     float a = pe_bits_to_float(bits);
     if (a < 0x1p-100f) {
@@ -49,4 +48,8 @@ static int32_t quantize_group(const float *x, int64_t n, int16_t *q, float *scal
     return PE_OK;
 }
 
-void pe_fill_neon_quantize(pe_kernels *k) { k->quantize_group = quantize_group; }
+void pe_fill_neon_quantize(pe_kernels *k)
+{
+    k->greatest_magnitude = greatest_magnitude;
+    k->quantize_group = quantize_group;
+}

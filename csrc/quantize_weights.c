@@ -13,11 +13,13 @@ static uint16_t f16_nearest(double v)
 {
     if (v >= 65520.0)
         return F16_INFINITY;
-    /* The unit in the last place: 2^-24 for subnormals, 2^(exponent - 10) above.  v / ulp is below
-     * 2048, so that adding and taking away 2^52 rounds it to an integer. */
-    int exponent = v < 0x1p-14 ? -14 : ilogb(v);
-    double steps = rint(ldexp(v, 10 - exponent));
-    return (uint16_t)(steps + (double)(exponent + 14) * 1024.0);
+    if (v < 0x1p-14) /* subnormal: multiples of 2^-24, to which 2^28 rounds what is added to it */
+        return (uint16_t)(((v + 0x1p28) - 0x1p28) * 0x1p24);
+    /* 42 of the mantissa's 52 bits go; what is carried out of it counts the exponent up, rightly. */
+    uint64_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    bits += ((UINT64_C(1) << 41) - 1) + ((bits >> 42) & 1);
+    return (uint16_t)((bits >> 42) - ((1023 - 15) << 10));
 }
 
 static double f16_value(uint16_t bits) { return (double)pe_f16_to_float(bits); }
@@ -42,26 +44,19 @@ static void load_row(const pe_matrix *w, int64_t row, float *restrict x)
             x[c] = pe_bf16_to_float(pe_load_u16(data + (row * cols + c) * 2));
         return;
     default:
-        for (int64_t b = 0; b < cols / PE_BLOCK; b++) {
-            const char *block = data + (row * (cols / PE_BLOCK) + b) * (2 + PE_BLOCK);
-            const float scale = pe_f16_to_float(pe_load_u16(block));
-            const int8_t *code = (const int8_t *)block + 2;
-            for (int i = 0; i < PE_BLOCK; i++)
-                x[b * PE_BLOCK + i] = scale * (float)code[i];
-        }
+        pe_active.load_q8_0(data + row * (cols / PE_BLOCK) * (2 + PE_BLOCK), cols / PE_BLOCK, x);
     }
 }
 
-/* PE_ERROR_NONFINITE if there is a NaN or an infinity: their exponents are all ones. */
-static int32_t greatest_magnitude(const float *x, int64_t n, float *amax)
+static void load_q8_0(const void *blocks, int64_t n, float *restrict x)
 {
-    int32_t most = 0; /* signed: SSE2 compares no other */
-    for (int64_t i = 0; i < n; i++) {
-        const int32_t magnitude = (int32_t)(pe_float_to_bits(x[i]) & 0x7fffffffu);
-        most = magnitude > most ? magnitude : most;
+    for (int64_t b = 0; b < n; b++) {
+        const char *block = (const char *)blocks + b * (2 + PE_BLOCK);
+        const float scale = pe_f16_to_float(pe_load_u16(block));
+        const int8_t *code = (const int8_t *)block + 2;
+        for (int i = 0; i < PE_BLOCK; i++)
+            x[b * PE_BLOCK + i] = scale * (float)code[i];
     }
-    *amax = pe_bits_to_float((uint32_t)most);
-    return most >= 0x7f800000 ? PE_ERROR_NONFINITE : PE_OK;
 }
 
 static uint16_t absmax_scale(float amax, int32_t largest)
@@ -69,18 +64,18 @@ static uint16_t absmax_scale(float amax, int32_t largest)
     uint16_t scale = f16_nearest((double)amax / largest);
     if (scale == 0)
         scale = 1;
-    if (rint((double)amax / f16_value(scale)) > largest)
+    if ((double)amax >= (largest + 0.5) * f16_value(scale)) /* exact; the tie's even side is beyond */
         scale++;
     return scale;
 }
 
 /* The candidates of PE_SCALE_MSE, f16(absmax * (256 - i) / 256), are tried LANES at a time. */
 #define CANDIDATES 65
-#define LANES 8
+#define LANES PE_SCALES_AT_ONCE
 
-/* sum[j] = the group's squared error with scale[j], ascending.  A quotient in float32 gives the same
- * code: quantize_weights_avx2.c says why.  Adding and taking away 1.5 * 2^23 is rint, but for the sign
- * of a zero, which no square shows; and it is a sum, so that it vectorises. */
+/* A quotient in float32 gives the same code: quantize_weights_avx2.c says why.  Adding and taking away
+ * 1.5 * 2^23 is rint, but for the sign of a zero, which no square shows; and it is a sum, so that it
+ * vectorises. */
 static void squared_errors(const float *x, int64_t n, const double *scale, float largest, double *sum)
 {
     const float round = 0x1.8p23f;
@@ -119,7 +114,7 @@ static uint16_t mse_scale(const float *x, int64_t n, double amax, uint16_t absma
         }
         if (!candidate[0] || clips_too_much(amax, scale[0], largest, least))
             break;
-        squared_errors(x, n, scale, (float)largest, sum);
+        pe_active.squared_errors(x, n, scale, (float)largest, sum);
         for (int j = 0; j < LANES && first + j < CANDIDATES && candidate[j]; j++) {
             if (sum[j] < least) {
                 least = sum[j];
@@ -133,9 +128,10 @@ static uint16_t mse_scale(const float *x, int64_t n, double amax, uint16_t absma
 static int32_t quantize_weight_group(const float *x, int64_t n, int32_t largest, int32_t method,
                                      int8_t *codes, uint16_t *scale)
 {
-    float amax;
-    if (greatest_magnitude(x, n, &amax))
+    const uint32_t bits = pe_active.greatest_magnitude(x, n);
+    if (bits >= PE_INFINITY_BITS)
         return PE_ERROR_NONFINITE;
+    const float amax = pe_bits_to_float(bits);
     if (amax == 0.0f) {
         *scale = 0;
         memset(codes, 0, (size_t)n);
@@ -159,7 +155,12 @@ static void encode_group(const float *x, int64_t n, double scale, int32_t larges
     }
 }
 
-void pe_fill_scalar_quantize_weights(pe_kernels *k) { k->encode_group = encode_group; }
+void pe_fill_scalar_quantize_weights(pe_kernels *k)
+{
+    k->encode_group = encode_group;
+    k->squared_errors = squared_errors;
+    k->load_q8_0 = load_q8_0;
+}
 
 /* ---- the operation --------------------------------------------------------------------------- */
 

@@ -8,13 +8,17 @@
 
 #include <immintrin.h>
 
-static __m256i encode8(__m256 x, __m256 scale, __m256 largest)
+static __m256 code8(__m256 x, __m256 scale, __m256 largest)
 {
     __m256 code = _mm256_round_ps(_mm256_div_ps(x, scale),
                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     code = _mm256_min_ps(code, largest);
-    code = _mm256_max_ps(code, _mm256_sub_ps(_mm256_setzero_ps(), largest));
-    return _mm256_cvtps_epi32(code);
+    return _mm256_max_ps(code, _mm256_sub_ps(_mm256_setzero_ps(), largest));
+}
+
+static __m256i encode8(__m256 x, __m256 scale, __m256 largest)
+{
+    return _mm256_cvtps_epi32(code8(x, scale, largest));
 }
 
 static void encode_group(const float *x, int64_t n, double scale, int32_t largest, int8_t *codes)
@@ -37,4 +41,42 @@ static void encode_group(const float *x, int64_t n, double scale, int32_t larges
     }
 }
 
-void pe_fill_avx2_quantize_weights(pe_kernels *k) { k->encode_group = encode_group; }
+/* Eight scales at a time.  A code times a scale is exact in float64 (7 bits times 11), so that the
+ * fused subtraction rounds as the plain one does; the square is rounded, and is not fused. */
+static void squared_errors(const float *x, int64_t n, const double *scale, float largest, double *sum)
+{
+    const __m256d s_lo = _mm256_loadu_pd(scale), s_hi = _mm256_loadu_pd(scale + 4);
+    const __m256 s = _mm256_set_m128(_mm256_cvtpd_ps(s_hi), _mm256_cvtpd_ps(s_lo));
+    const __m256 m = _mm256_set1_ps(largest);
+    __m256d lo = _mm256_setzero_pd(), hi = lo;
+    for (int64_t i = 0; i < n; i++) {
+        const __m256 code = code8(_mm256_set1_ps(x[i]), s, m);
+        const __m256d value = _mm256_set1_pd(x[i]);
+        const __m256d e_lo = _mm256_fnmadd_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(code)), s_lo, value);
+        const __m256d e_hi = _mm256_fnmadd_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(code, 1)), s_hi, value);
+        lo = _mm256_add_pd(lo, _mm256_mul_pd(e_lo, e_lo));
+        hi = _mm256_add_pd(hi, _mm256_mul_pd(e_hi, e_hi));
+    }
+    _mm256_storeu_pd(sum, lo);
+    _mm256_storeu_pd(sum + 4, hi);
+}
+
+static void load_q8_0(const void *blocks, int64_t n, float *x)
+{
+    for (int64_t b = 0; b < n; b++) {
+        const char *block = (const char *)blocks + b * (2 + PE_BLOCK);
+        const __m256 scale = _mm256_set1_ps(_cvtsh_ss(pe_load_u16(block)));
+        for (int i = 0; i < PE_BLOCK; i += 8) {
+            const __m128i codes = _mm_loadl_epi64((const __m128i *)(block + 2 + i));
+            const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+            _mm256_storeu_ps(x + b * PE_BLOCK + i, _mm256_mul_ps(scale, code));
+        }
+    }
+}
+
+void pe_fill_avx2_quantize_weights(pe_kernels *k)
+{
+    k->encode_group = encode_group;
+    k->squared_errors = squared_errors;
+    k->load_q8_0 = load_q8_0;
+}
