@@ -23,6 +23,7 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from .config import read_json
 from .errors import FileFormatError, quote
+from .files.mapped import map_file
 
 FORMAT, OLDER_FORMATS = "noesis-provenance-2", ("noesis-provenance-1",)
 FILE_NAME = "noesis_provenance.json"
@@ -33,13 +34,13 @@ MAX_GROUP = 1 << 20
 
 def describe_file(path: Path, advance=lambda nbytes: None) -> dict:
     """{name, size, sha256}; advance is told the bytes read."""
-    digest, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(HASH_PIECE))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-            advance(count)
+    digest, size = hashlib.sha256(), path.stat().st_size
+    if size:
+        data = memoryview(map_file(path))
+        for start in range(0, size, HASH_PIECE):
+            piece = data[start:start + HASH_PIECE]
+            digest.update(piece)
+            advance(len(piece))
     return {"name": path.name, "size": size, "sha256": digest.hexdigest()}
 
 

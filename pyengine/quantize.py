@@ -337,19 +337,21 @@ class _Behind:
 class Pass:
     """Reads each parameter once and hands every twin its codes.
 
-    The twins' files are hashed and written by another thread meanwhile.
+    Meanwhile a thread of each twin's own hashes and writes its files.
     """
 
     def __init__(self, pool: ops.Pool, options: Options, advance):
         self.pool, self.options, self.advance = pool, options, advance
 
     def run(self, twins: list[Twin]) -> None:
-        self.behind = _Behind()
+        self.behind = {twin: _Behind() for twin in twins}
         try:
             self._run(twins)
-            self.behind.wait()
+            for behind in self.behind.values():
+                behind.wait()
         finally:
-            self.behind.stop()
+            for behind in self.behind.values():
+                behind.stop()
 
     def _run(self, twins: list[Twin]) -> None:
         for units in zip(*(twin.units for twin in twins)):
@@ -358,14 +360,14 @@ class Pass:
                 if not twin.wants(unit):
                     self.advance(sum(entry.nbytes for entry in unit))
             for twin, unit in wanted:
-                self.behind(twin.begin, unit)
+                self.behind[twin](twin.begin, unit)
             if wanted:
                 self._parameter(wanted)
             for twin, unit in wanted:
-                self.behind(twin.end, unit)
+                self.behind[twin](twin.end, unit)
 
     def _write(self, twin: Twin, name: str, array: np.ndarray) -> None:
-        self.behind(twin.write, name, array)
+        self.behind[twin](twin.write, name, array)
         self.advance(array.nbytes)
 
     def _parameter(self, wanted) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import CheckpointError, FileFormatError
+from pyengine.files import output
 from pyengine.files.safetensors import (
     DTYPES,
     INDEX_NAME,
@@ -101,6 +102,20 @@ def test_chunks_of_any_layout_equal_one_write(tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
     assert one.sha256 == many.sha256 and list(one.sha256) == ["a", "b"]
     assert SafetensorsFile.open(tmp_path / "one").tensors["b"].data.tobytes() == array.T.tobytes()
+
+
+def test_large_files_take_another_way_to_the_same_bytes(tmp_path, monkeypatch):
+    plan = [("a", "F32", (300, 1000)), ("b", "U8", (5,))]
+    arrays = [np.arange(300_000, dtype=np.float32).reshape(300, 1000), np.arange(5, dtype=np.uint8)]
+    digests = []
+    for name, limit in (("small", 1 << 30), ("large", 0)):
+        monkeypatch.setattr(output, "DIRECT_BYTES", limit)
+        with SafetensorsWriter(tmp_path / name, plan) as writer:
+            for (tensor, _, _), array in zip(plan, arrays):
+                writer.write(tensor, array)
+        digests.append(writer.sha256)
+    assert (tmp_path / "small").read_bytes() == (tmp_path / "large").read_bytes()
+    assert digests[0] == digests[1]
 
 
 def test_bytes_are_reproducible_and_aligned(tmp_path):

@@ -18,10 +18,10 @@ import numpy as np
 
 from pyengine.errors import CheckpointError, FileFormatError, quote
 from pyengine.files.mapped import map_file
+from pyengine.files.output import OutputFile
 from pyengine.files.strict_json import MAX_BYTES as MAX_HEADER_BYTES
 from pyengine.files.strict_json import parse_object, read_object
 
-WRITEBACK_BYTES = 64 << 20
 MAX_DIMS = 32  # also keeps the product of hostile dimensions small
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -257,8 +257,7 @@ class SafetensorsWriter:
         header, self._pending = _plan(tensors, metadata or {})
         self._pending.reverse()  # the next one is the last: pop() is cheap
         self._begin_tensor()
-        self._handed_over = 0
-        self._file = open(self.partial, "wb")
+        self._file = OutputFile(self.partial, len(header) + sum(nbytes for _, _, nbytes in self._pending))
         self._write_all(header)
 
     def write(self, name, array):
@@ -289,8 +288,6 @@ class SafetensorsWriter:
             self.abort()
             raise CheckpointError(f"{name}: want {nbytes} bytes, got {self._written} at close")
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self.partial, self.path)
         except OSError:
@@ -299,10 +296,8 @@ class SafetensorsWriter:
 
     def abort(self):
         """Remove the partial file; nothing to do after `close`."""
-        try:
-            self._file.close()
-        finally:  # closing flushes, and fails where the write did
-            self.partial.unlink(missing_ok=True)
+        self._file.discard()
+        self.partial.unlink(missing_ok=True)
 
     def __enter__(self):
         return self
@@ -328,19 +323,9 @@ class SafetensorsWriter:
     def _write_all(self, data):
         try:
             self._file.write(data)
-            self._begin_writeback()
         except OSError:  # a full disk: nobody can use half a file
             self.abort()
             raise
-
-    def _begin_writeback(self):
-        """Let the disk begin now and then: else it would all be left to the fsync at the end."""
-        end = self._file.tell()
-        if end - self._handed_over >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
-            # Linux begins to write what is dirty of these pages; they stay in memory.
-            os.posix_fadvise(self._file.fileno(), self._handed_over, end - self._handed_over,
-                             os.POSIX_FADV_DONTNEED)
-            self._handed_over = end
 
 
 def _plan(tensors, metadata):
