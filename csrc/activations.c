@@ -327,6 +327,22 @@ static int32_t silu_mul_range(void *arg, int64_t begin, int64_t end)
     return PE_OK;
 }
 
+static int32_t add_range(void *arg, int64_t begin, int64_t end)
+{
+    const each_args *e = arg;
+    for (int64_t i = begin; i < end; i++)
+        e->y[i] = e->x[i] + e->other[i];
+    return PE_OK;
+}
+
+int32_t pe_add(pe_pool *pool, const float *a, const float *b, int64_t n, float *y)
+{
+    if (n < 0)
+        return PE_ERROR_ARGUMENT;
+    each_args e = {.x = a, .other = b, .y = y};
+    return pe_pool_run(pool, add_range, &e, n, 1 << 14);
+}
+
 int32_t pe_silu_mul(pe_pool *pool, const float *gate, const float *up, int64_t n, float *y)
 {
     if (n < 0)

@@ -19,7 +19,7 @@ FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibilit
          "-pthread", "-Wall", "-Wextra"]
 
 SCALAR = ["dispatch", "pool", "matmul", "quantize", "quantize_weights", "activations", "norm", "rope",
-          "causal_conv1d", "delta_rule", "attention", "router", "experts"]
+          "causal_conv1d", "delta_rule", "attention", "router", "experts", "replay"]
 
 X86 = {
     "avx2": ["-mavx2", "-mf16c", "-mfma"],

@@ -29,7 +29,7 @@
  *
  * The model whose steps these are is defined by Hugging Face transformers, models/qwen3_5_moe.
  * What lies between the operations: an embedding row is its codes times their scales, exact in
- * float32; a residual is hidden (+) output; states and caches start at +0; eps is the decimal of
+ * float32; a residual is pe_add(hidden, output); states and caches start at +0; eps is the decimal of
  * config.json (a GGUF's float32 field read as its shortest decimal: 1e-6, not 9.99999997e-07);
  * neg_exp_a_log is a GGUF's ssm_a, or -exp(A_log); inv_freq as pyengine/config.py states it.  Value
  * heads, and with them the groups of out_proj's columns, stay in the checkpoint's own order.
@@ -140,6 +140,9 @@ int32_t pe_exp(pe_pool *pool, const float *x, int64_t n, float *y);
 int32_t pe_sigmoid(pe_pool *pool, const float *x, int64_t n, float *y);
 int32_t pe_silu(pe_pool *pool, const float *x, int64_t n, float *y);
 int32_t pe_softplus(pe_pool *pool, const float *x, int64_t n, float *y);
+
+/* y[i] = a[i] (+) b[i]; y may be a or b.  A residual. */
+int32_t pe_add(pe_pool *pool, const float *a, const float *b, int64_t n, float *y);
 
 /* y[i] = silu(gate[i]) (*) up[i]; y may be gate or up. */
 int32_t pe_silu_mul(pe_pool *pool, const float *gate, const float *up, int64_t n, float *y);
@@ -276,6 +279,32 @@ typedef struct {
 int32_t pe_experts(pe_pool *pool, const pe_experts_weights *w, const pe_activations *a,
                    const int32_t *selected_experts, const float *routing_weights, int64_t top_k,
                    const float *shared_expert_gate, float *y, const pe_experts_trace *trace);
+
+/* ---- replay ---------------------------------------------------------------------------------- */
+
+/* The calls of one token are the same as the last token's, but for what stands in the arrays: between
+ * two of them, a caller in another language costs more than many of them do. */
+
+/* An argument: an integer, a float or double, or a pointer. */
+typedef union {
+    int64_t i;
+    double d;
+    void *p;
+} pe_word;
+
+/* An operation and its arguments after the pool. */
+#define PE_CALL_WORDS 14
+typedef struct {
+    int32_t operation;
+    pe_word words[PE_CALL_WORDS];
+} pe_call;
+
+/* The number of an operation of this file that can be replayed, by its name; -1 for any other. */
+int32_t pe_operation(const char *name);
+
+/* Make the calls one after another, up to the first that returns an error: its status, and its index
+ * in *failed. */
+int32_t pe_replay(pe_pool *pool, const pe_call *calls, int64_t n, int64_t *failed);
 
 /* ---- quantizing weights ---------------------------------------------------------------------- */
 

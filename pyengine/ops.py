@@ -6,6 +6,7 @@ and C-contiguous unless a docstring says otherwise; T is the number of tokens.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
@@ -85,6 +86,7 @@ class Pool:
         self.pointer = ffi.gc(pointer, lib.pe_pool_free)
         self.threads = threads
         self.lock = threading.Lock()  # a pool serves one caller at a time
+        self.tape = None  # a `Tape` that notes the calls down, while there is one
 
     @property
     def scratch_bytes(self) -> int:
@@ -117,9 +119,94 @@ def _check(status, what):
         raise kind(f"{what}: {reason}")
 
 
+def _run(pool: Pool, function, what: str, *arguments) -> None:
+    """An operation of the C core on the pool; noted down if the pool's calls are being recorded."""
+    _check(function(pool.pointer, *arguments), what)
+    if pool.tape is not None:
+        pool.tape.add(function, what, arguments)
+
+
 def _want(condition, what):
     if not condition:
         raise InputError(what)
+
+
+# ---- recording -------------------------------------------------------------------------------
+
+
+class Tape:
+    """Calls of the C core as they were made, and steps of the caller's own between them, to be made
+    again on the same arrays: a step of one token repeats the last but for their contents.
+
+        with tape.recording(pool):
+            ...                     # operations; `during(pool, step)` where an array changes
+        tape.replay(pool)           # as often as wanted; the results are in the same arrays
+    """
+
+    def __init__(self):
+        self._steps: list = []  # (calls, how many, what each is), or a function
+        self._calls: list = []  # recorded since the last step: (function, what, arguments)
+
+    @contextlib.contextmanager
+    def recording(self, pool: Pool):
+        pool.tape = self
+        try:
+            yield
+        finally:
+            pool.tape = None
+        self._end_calls()
+
+    def add(self, function, what: str, arguments: tuple) -> None:
+        self._calls.append((function, what, arguments))
+
+    def add_step(self, step) -> None:
+        self._end_calls()
+        self._steps.append(step)
+
+    def replay(self, pool: Pool) -> None:
+        failed = ffi.new("int64_t *")
+        for step in self._steps:
+            if callable(step):
+                step()
+                continue
+            calls, count, whats, _ = step
+            status = lib.pe_replay(pool.pointer, calls, count, failed)
+            if status != lib.PE_OK:
+                _check(status, whats[failed[0]])
+
+    def _end_calls(self) -> None:
+        if not self._calls:
+            return
+        structs = ffi.new("pe_call[]", len(self._calls))
+        for struct, (function, _, arguments) in zip(structs, self._calls):
+            _fill_call(struct, function, arguments)
+        # The arguments hold the arrays and structs that the calls point to.
+        self._steps.append((structs, len(structs), [what for _, what, _ in self._calls],
+                            [arguments for *_, arguments in self._calls]))
+        self._calls = []
+
+
+def _fill_call(struct, function, arguments) -> None:
+    struct.operation = lib.pe_operation(function.__name__.encode())
+    _want(struct.operation >= 0, f"{function.__name__}: cannot be replayed")
+    for word, kind, value in zip(struct.words, ffi.typeof(function).args[1:], arguments, strict=False):
+        if kind.kind == "pointer":
+            word.p = ffi.cast("void *", value)
+        elif kind.cname in ("float", "double"):
+            word.d = value
+        else:
+            word.i = value
+
+
+def during(pool: Pool, step) -> None:
+    """Call step(); and again in every replay, if calls are being recorded."""
+    tape, pool.tape = pool.tape, None
+    try:
+        step()
+    finally:
+        pool.tape = tape
+    if tape is not None:
+        tape.add_step(step)
 
 
 # ---- matrices --------------------------------------------------------------------------------
@@ -188,8 +275,8 @@ def quantize_activations(pool: Pool, x: np.ndarray, name: str = "input"):
     tokens, cols = x.shape
     groups = -(-cols // GROUP)
     q, scales = np.empty((tokens, groups * GROUP), np.int16), np.empty((tokens, groups), np.float32)
-    _check(lib.pe_quantize_activations(pool.pointer, _in(x), tokens, cols, _out(q, "int16_t[]"),
-                                       _out(scales)), name)
+    _run(pool, lib.pe_quantize_activations, name, _in(x), tokens, cols, _out(q, "int16_t[]"),
+         _out(scales))
     return q, scales
 
 
@@ -197,8 +284,8 @@ def matmul(pool: Pool, matrix: Matrix, x: Activations, expert: int = 0) -> np.nd
     """x [T, cols] times one matrix [rows, cols], transposed -> [T, rows]."""
     _want(0 <= expert < matrix.experts, f"expert: want below {matrix.experts}, got {expert}")
     y = np.empty((x.x.shape[0], matrix.rows), np.float32)
-    _check(lib.pe_matmul(pool.pointer, matrix.struct, expert, x.for_matrices(matrix), _out(y),
-                         matrix.rows), f"matmul of {x.name}")
+    _run(pool, lib.pe_matmul, f"matmul of {x.name}", matrix.struct, expert, x.for_matrices(matrix),
+         _out(y), matrix.rows)
     return y
 
 
@@ -216,8 +303,8 @@ def matmul_each(pool: Pool, group: Matrices, x: Activations) -> list[np.ndarray]
     """matmul with every matrix of the group: x [T, cols] -> [T, rows] of each."""
     tokens = x.x.shape[0]
     y = np.empty(tokens * sum(group.rows), np.float32)
-    _check(lib.pe_matmul_each(pool.pointer, group.pointers, len(group.rows),
-                              x.for_matrices(*group.matrices), _out(y)), f"matmul of {x.name}")
+    _run(pool, lib.pe_matmul_each, f"matmul of {x.name}", group.pointers, len(group.rows),
+         x.for_matrices(*group.matrices), _out(y))
     parts, start = [], 0
     for rows in group.rows:
         parts.append(y[start:start + tokens * rows].reshape(tokens, rows))
@@ -251,6 +338,14 @@ def _each(function, pool, x):
     return y
 
 
+def add(pool: Pool, a, b):
+    """a + b, of one shape."""
+    _want(a.shape == b.shape, "add: want equal shapes")
+    y = np.empty_like(a)
+    _run(pool, lib.pe_add, "add", _in(a), _in(b), a.size, _out(y))
+    return y
+
+
 def silu_mul(pool: Pool, gate, up):
     """silu(gate) * up, any shape."""
     _want(gate.shape == up.shape, "silu_mul: want equal shapes")
@@ -264,8 +359,8 @@ def sigmoid_mul(pool: Pool, x, query_gate):
     tokens, heads, n = x.shape
     _want(query_gate.shape == (tokens, heads, 2 * n), "sigmoid_mul: want [T, heads, 2 n]")
     y = np.empty_like(x)
-    _check(lib.pe_sigmoid_mul(pool.pointer, _in(x), _in(query_gate) + n, 2 * n, tokens * heads, n,
-                              _out(y)), "sigmoid_mul")
+    _run(pool, lib.pe_sigmoid_mul, "sigmoid_mul", _in(x), _in(query_gate) + n, 2 * n,
+         tokens * heads, n, _out(y))
     return y
 
 
@@ -273,8 +368,8 @@ def delta_gates(pool: Pool, a, b, neg_exp_a_log, dt_bias):
     """a, b [T, heads] -> beta, decay [T, heads]."""
     tokens, heads = a.shape
     beta, decay = np.empty_like(a), np.empty_like(a)
-    _check(lib.pe_delta_gates(pool.pointer, _in(a), _in(b), _in(neg_exp_a_log), _in(dt_bias),
-                              tokens, heads, _out(beta), _out(decay)), "delta_gates")
+    _run(pool, lib.pe_delta_gates, "delta_gates", _in(a), _in(b), _in(neg_exp_a_log), _in(dt_bias),
+         tokens, heads, _out(beta), _out(decay))
     return beta, decay
 
 
@@ -286,8 +381,7 @@ def rms_norm(pool: Pool, x, scale, eps: float):
     tokens, n = x.shape
     _want(scale.shape == (n,), f"rms_norm: want {n} weights, got {scale.shape}")
     y = np.empty_like(x)
-    _check(lib.pe_rms_norm(pool.pointer, _in(x), tokens, n, 1, n, n, _in(scale), eps, _out(y)),
-           "rms_norm")
+    _run(pool, lib.pe_rms_norm, "rms_norm", _in(x), tokens, n, 1, n, n, _in(scale), eps, _out(y))
     return y
 
 
@@ -296,8 +390,8 @@ def head_rms_norm(pool: Pool, x, n: int, scale, eps: float):
     tokens, heads, width = x.shape
     _want(n <= width and scale.shape == (n,), f"head_rms_norm: want {n} weights")
     y = np.empty((tokens, heads, n), np.float32)
-    _check(lib.pe_rms_norm(pool.pointer, _in(x), tokens, heads * width, heads, width, n, _in(scale),
-                           eps, _out(y)), "rms_norm")
+    _run(pool, lib.pe_rms_norm, "rms_norm", _in(x), tokens, heads * width, heads, width, n,
+         _in(scale), eps, _out(y))
     return y
 
 
@@ -306,8 +400,8 @@ def rms_norm_gated(pool: Pool, x, z, weight, eps: float):
     n = x.shape[-1]
     _want(x.shape == z.shape and weight.shape == (n,), "rms_norm_gated: want equal shapes")
     y = np.empty_like(x)
-    _check(lib.pe_rms_norm_gated(pool.pointer, _in(x), _in(z), x.size // n, n, _in(weight), eps,
-                                 _out(y)), "rms_norm_gated")
+    _run(pool, lib.pe_rms_norm_gated, "rms_norm_gated", _in(x), _in(z), x.size // n, n,
+         _in(weight), eps, _out(y))
     return y
 
 
@@ -316,18 +410,17 @@ def l2_norm(pool: Pool, x, start: int, heads: int, n: int, scale: float):
     tokens, width = x.shape
     _want(0 <= start and start + heads * n <= width, "l2_norm: want heads inside the row")
     y = np.empty((tokens, heads, n), np.float32)
-    _check(lib.pe_l2_norm(pool.pointer, _in(x) + start, tokens, width, heads, n, scale, _out(y)),
-           "l2_norm")
+    _run(pool, lib.pe_l2_norm, "l2_norm", _in(x) + start, tokens, width, heads, n, scale, _out(y))
     return y
 
 
 # ---- rotary positions ------------------------------------------------------------------------
 
 
-def rope_table(start: int, tokens: int, inv_freq):
-    """cos, sin [T, half] of positions start, start + 1, ..."""
+def rope_table(start: int, tokens: int, inv_freq, out=None):
+    """cos, sin [T, half] of positions start, start + 1, ...; out: such a pair to write to."""
     half = inv_freq.size
-    cos, sin = np.empty((tokens, half), np.float32), np.empty((tokens, half), np.float32)
+    cos, sin = out or (np.empty((tokens, half), np.float32), np.empty((tokens, half), np.float32))
     _check(lib.pe_rope_table(start, tokens, _in(inv_freq), half, _out(cos), _out(sin)),
            "rope_table")
     return cos, sin
@@ -338,8 +431,7 @@ def rope(pool: Pool, x, table) -> None:
     tokens, heads, n = x.shape
     cos, sin = table
     _want(cos.shape[0] == tokens, "rope: want one row of the table per token")
-    _check(lib.pe_rope(pool.pointer, _out(x), tokens, heads, n, cos.shape[1], _in(cos), _in(sin)),
-           "rope")
+    _run(pool, lib.pe_rope, "rope", _out(x), tokens, heads, n, cos.shape[1], _in(cos), _in(sin))
 
 
 # ---- mixers ----------------------------------------------------------------------------------
@@ -353,8 +445,8 @@ def causal_conv1d(pool: Pool, x, weight, conv_state):
     _want(weight.shape == (taps, channels) and conv_state.shape == (taps - 1, channels),
           "causal_conv1d: want as many channels everywhere")
     y = np.empty_like(x)
-    _check(lib.pe_causal_conv1d(pool.pointer, _in(x), tokens, channels, _in(weight), taps,
-                                _out(conv_state), _out(y)), "causal_conv1d")
+    _run(pool, lib.pe_causal_conv1d, "causal_conv1d", _in(x), tokens, channels, _in(weight), taps,
+         _out(conv_state), _out(y))
     return y
 
 
@@ -368,17 +460,16 @@ def delta_rule(pool: Pool, query, key, qkv, value_start: int, beta, decay, key_h
           and qkv.shape[1] == value_start + heads * dv and key_head.shape == (heads,),
           "delta_rule: want shapes that fit the state")
     out = np.empty((tokens, heads, dv), np.float32)
-    _check(lib.pe_delta_rule(pool.pointer, _in(query), _in(key), _in(qkv) + value_start,
-                             qkv.shape[1], _in(beta), _in(decay), tokens, key_heads, heads, dk, dv,
-                             _in(key_head, np.int32, "int32_t[]"), _out(recurrent_state),
-                             _out(out)), "delta_rule")
+    _run(pool, lib.pe_delta_rule, "delta_rule", _in(query), _in(key), _in(qkv) + value_start,
+         qkv.shape[1], _in(beta), _in(decay), tokens, key_heads, heads, dk, dv, _in(key_head,
+         np.int32, "int32_t[]"), _out(recurrent_state), _out(out))
     return out
 
 
-def attention(pool: Pool, query, keys, values, scale: float):
+def attention(pool: Pool, query, keys, values, scale: float, out=None):
     """query [T, heads, n] over keys, values [start + T, kv heads, n] -> [T, heads, n].
 
-    keys and values are both float32 or both float16.
+    keys and values are both float32 or both float16; out: an array to write to.
     """
     tokens, heads, n = query.shape
     positions, kv_heads, _ = keys.shape
@@ -388,7 +479,7 @@ def attention(pool: Pool, query, keys, values, scale: float):
         function, form = lib.pe_attention_f16, (np.float16, "uint16_t[]")
     else:
         function, form = lib.pe_attention, (np.float32, "float[]")
-    out = np.empty_like(query)
+    out = np.empty_like(query) if out is None else out
     _check(function(pool.pointer, _in(query), _in(keys, *form), _in(values, *form),
                     positions - tokens, tokens, heads, kv_heads, n, scale, _out(out)),
            "attention scores")
@@ -403,8 +494,8 @@ def router(pool: Pool, logits, top_k: int):
     tokens, experts = logits.shape
     weights = np.empty((tokens, top_k), np.float32)
     selected = np.empty((tokens, top_k), np.int32)
-    _check(lib.pe_router(pool.pointer, _in(logits), tokens, experts, top_k, _out(weights),
-                         _out(selected, "int32_t[]")), "router logits")
+    _run(pool, lib.pe_router, "router logits", _in(logits), tokens, experts, top_k, _out(weights),
+         _out(selected, "int32_t[]"))
     return weights, selected
 
 
@@ -435,10 +526,9 @@ def experts(pool: Pool, weights: Experts, x: Activations, selected_experts, rout
                   "shared_gate": np.empty((tokens, weights.shared_ff), np.float32),
                   "shared_up": np.empty((tokens, weights.shared_ff), np.float32)}
         struct = ffi.new("pe_experts_trace *", {k: _out(v) for k, v in inside.items()})
-    _check(lib.pe_experts(pool.pointer, weights.struct, x.for_matrices(*weights.inputs),
-                          _in(selected_experts, np.int32, "int32_t[]"), _in(routing_weights),
-                          selected_experts.shape[1], _in(shared_expert_gate), _out(y), struct),
-           f"experts of {x.name}")
+    _run(pool, lib.pe_experts, f"experts of {x.name}", weights.struct,
+         x.for_matrices(*weights.inputs), _in(selected_experts, np.int32, "int32_t[]"),
+         _in(routing_weights), selected_experts.shape[1], _in(shared_expert_gate), _out(y), struct)
     return (y, inside) if trace else y
 
 

@@ -334,6 +334,13 @@ static int32_t sigmoid(pe_pool *pool, int index) { return elementwise(pool, inde
 static int32_t silu(pe_pool *pool, int index) { return elementwise(pool, index, pe_silu); }
 static int32_t softplus(pe_pool *pool, int index) { return elementwise(pool, index, pe_softplus); }
 
+static int32_t add(pe_pool *pool, int index)
+{
+    const int64_t n = index % 20 == 19 ? random_int(40000, 70000) : length(index);
+    const float *a = input(n, 5), *b = input(n, 5);
+    return pe_add(pool, a, b, n, output(n));
+}
+
 static int32_t silu_mul(pe_pool *pool, int index)
 {
     const int64_t n = length(index) * (1 + index % 4);
@@ -554,6 +561,7 @@ static const struct {
     {"sigmoid", sigmoid, 100},
     {"silu", silu, 100},
     {"softplus", softplus, 100},
+    {"add", add, 80},
     {"silu_mul", silu_mul, 80},
     {"sigmoid_mul", sigmoid_mul, 80},
     {"delta_gates", delta_gates, 80},

@@ -40,11 +40,83 @@ def test_every_split_of_a_prompt_equals_one_shot(model):
         assert state.position == len(ids)
 
 
+def one_by_one(model, ids, state):
+    return np.concatenate([model.forward(ids[i:i + 1], state) for i in range(len(ids))])
+
+
 def test_token_by_token_equals_one_shot(model):
     ids = prompt(model, 20)
     state = model.new_state()
-    one_by_one = np.concatenate([model.forward(ids[i:i + 1], state) for i in range(len(ids))])
-    assert equal(one_by_one, model.forward(ids))
+    assert equal(one_by_one(model, ids, state), model.forward(ids))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("arithmetic", ["locked", "locked-kv16"])
+def test_replayed_tokens_equal_those_through_python(arithmetic, threads):
+    model = pyengine.load(GOLDEN / "pattern31.gguf", threads=threads, arithmetic=arithmetic)
+    ids = prompt(model, 300)  # more than the cache begins with
+    state = model.new_state()
+    replayed = one_by_one(model, ids, state)
+    model.replays = False
+    again = model.new_state()
+    assert equal(replayed, one_by_one(model, ids, again))
+    assert state.step is not None and again.step is None
+
+
+def test_states_take_turns_go_back_and_are_given_away(model):
+    """Whatever happens to a state between two tokens, the next is what computing anew gives."""
+    ids = [prompt(model, 30, seed) for seed in (0, 1)]
+    want = [model.forward(these) for these in ids]
+    states = [model.new_state() for _ in ids]
+    for i in range(10):
+        for k in (0, 1):
+            assert equal(model.forward(ids[k][i:i + 1], states[k]), want[k][i:i + 1])
+    mark, snapshot = states[0].mark(), states[1].copy()
+    assert snapshot.step is None
+    one_by_one(model, ids[1][:5], states[0])
+    states[0].rewind(mark)
+    states[1].restore(states[0])  # and so continues the other sequence, on other arrays
+    for state in states:
+        assert equal(one_by_one(model, ids[0][10:14], state), want[0][10:14])
+        assert equal(model.forward(ids[0][14:20], state), want[0][14:20])
+        assert equal(one_by_one(model, ids[0][20:], state), want[0][20:])
+    assert equal(one_by_one(model, ids[1][10:], snapshot), want[1][10:])
+    twin = pyengine.load(model.checkpoint.path, threads=2)  # a state's step is its maker's alone
+    state = model.new_state()
+    parts = [one_by_one(m, ids[0][start:start + 5], state)
+             for m, start in ((model, 0), (twin, 5), (model, 10))]
+    assert equal(np.concatenate(parts), want[0][:15])
+
+
+def test_logits_stay_when_the_next_token_comes(model):
+    state = model.new_state()
+    first = [model.forward([i], state) for i in (1, 2, 3)]
+    kept = [logits.copy() for logits in first]
+    model.forward([4], state)
+    assert all(equal(a, b) for a, b in zip(first, kept))
+
+
+def test_a_replay_that_fails_names_what_failed(model):
+    state = model.new_state()
+    for i in (1, 2):
+        model.forward([i], state)
+    cache = next(s for s in state.layers if isinstance(s, KeyValueCache))
+    cache.values[:] = np.nan
+    said = []
+    for replays in (True, False):
+        model.replays = replays
+        with pytest.raises(ops.NonFiniteError) as error:
+            model.forward([3], state)
+        said.append(str(error.value))
+    assert said[0] == said[1] and "want finite values, got NaN" in said[0]
+
+
+def test_an_operation_that_cannot_be_replayed_is_refused(model):
+    tape = ops.Tape()
+    with pytest.raises(InputError, match="pe_exp: cannot be replayed"):
+        with tape.recording(model.pool):
+            x = np.ones(3, np.float32)
+            ops._run(model.pool, ops.lib.pe_exp, "exp", ops._in(x), 3, ops._out(x))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1000])

@@ -9,6 +9,7 @@ import pytest
 from chat_models import MODEL, assistant, user, with_template
 
 import pyengine
+from pyengine import ops
 from pyengine.errors import FileFormatError, InputError
 from pyengine.generate import Session, generate
 from pyengine.quantize import quantize
@@ -426,9 +427,9 @@ def test_any_order_of_prompts_gives_the_same_bits(model):
     assert reused > 40
 
 
-@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("where", [0, 1, 2, 3, "between replayed calls"])
 @pytest.mark.parametrize("tokens_before", [0, 1, 3])
-def test_an_interrupt_leaves_a_session_right(model, monkeypatch, layer, tokens_before):
+def test_an_interrupt_leaves_a_session_right(model, monkeypatch, where, tokens_before):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
@@ -438,7 +439,11 @@ def test_an_interrupt_leaves_a_session_right(model, monkeypatch, layer, tokens_b
     for _ in range(tokens_before):
         next(generation)
     with monkeypatch.context() as patch:
-        patch.setattr(model.layers[layer], "post_attention_layernorm", interrupt)
+        if isinstance(where, int):
+            patch.setattr(model, "replays", False)
+            patch.setattr(model.layers[where], "post_attention_layernorm", interrupt)
+        else:
+            patch.setattr(ops, "attention", interrupt)
         with pytest.raises(KeyboardInterrupt):
             next(generation)
     again = same(model, session, [*ids, *generation.ids.tolist(), 3])

@@ -985,6 +985,59 @@ class TestSiluMul:
         assert lib.pe_silu_mul(POOLS[1], ffi.NULL, ffi.NULL, -1, ffi.NULL) == ARGUMENT
 
 
+class TestAdd:
+    @staticmethod
+    def run(a, b, alias):
+        def run(pool, memory):
+            first, second = (memory.in_out(x) if alias == name else memory.input(x)
+                             for name, x in (("a", a), ("b", b)))
+            y = {"a": first, "b": second}.get(alias)
+            y = memory.output(a.shape) if y is None else y
+            succeed(lib.pe_add(pool, *floats(first, second), len(a), pointer(y)))
+            return y
+
+        return run
+
+    @pytest.mark.parametrize("alias", [None, "a", "b"])
+    def test_every_length(self, alias):
+        for n in [0, *TAILS, 1025, 16384, 50001]:
+            rng = rng_of(n, 2)
+            a, b = interesting(rng, n), wide(rng, n)
+            check(self.run(a, b, alias), locked.add(a, b))
+
+    def test_negative_length(self):
+        assert lib.pe_add(POOLS[1], ffi.NULL, ffi.NULL, -1, ffi.NULL) == ARGUMENT
+
+
+class TestReplay:
+    def call(self, operation, *words):
+        call = ffi.new("pe_call *", {"operation": operation})
+        for word, value in zip(call.words, words):
+            if isinstance(value, int):
+                word.i = value
+            else:
+                word.p = ffi.cast("void *", value)
+        return call[0]
+
+    def test_calls_are_made_in_order_up_to_the_first_that_fails(self):
+        x, y, z = (np.full(4, value, np.float32) for value in (1, 2, 0))
+        a, b, c = (ffi.from_buffer("float[]", array) for array in (x, y, z))
+        add = lib.pe_operation(b"pe_add")
+        calls = ffi.new("pe_call[]", [self.call(add, a, b, 4, c), self.call(add, c, c, 4, c),
+                                      self.call(add, a, b, -1, c), self.call(add, c, c, 4, c)])
+        failed = ffi.new("int64_t *", -7)
+        assert lib.pe_replay(POOLS[1], calls, 2, failed) == OK and failed[0] == -7
+        assert np.array_equal(z, np.full(4, 6, np.float32))
+        assert lib.pe_replay(POOLS[1], calls, 4, failed) == ARGUMENT and failed[0] == 2
+        assert np.array_equal(z, np.full(4, 6, np.float32))
+
+    @pytest.mark.parametrize("operation", [-1, 1000])
+    def test_unknown_operations(self, operation):
+        failed = ffi.new("int64_t *")
+        assert lib.pe_operation(b"pe_pool_free") == -1
+        assert lib.pe_replay(POOLS[1], ffi.new("pe_call[]", [self.call(operation)]), 1, failed) == ARGUMENT
+
+
 class TestSigmoidMul:
     @staticmethod
     def run(x, gate, ld_gate, in_place):

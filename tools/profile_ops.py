@@ -44,6 +44,7 @@ class Timed:
 def profile(model, ids, passes) -> tuple[float, Counter]:
     """Seconds of all the passes, and of them in each operation; passes: lists of ids, one state."""
     timed = ops.lib = Timed(ops.lib)
+    model.replays = False  # a replay is one call
     state = model.new_state()
     try:
         model.forward(ids, state, last_only=True)
@@ -53,7 +54,7 @@ def profile(model, ids, passes) -> tuple[float, Counter]:
             model.forward(piece, state, last_only=True)
         return time.perf_counter() - start, timed.seconds
     finally:
-        ops.lib = timed._lib
+        ops.lib, model.replays = timed._lib, True
 
 
 def report(title, seconds, parts, passes) -> None:

@@ -47,10 +47,15 @@ class Attention:
 
         ops.rope(pool, query, rope_table)
         ops.rope(pool, key, rope_table)
-        cache.append(key, value)
-        out = ops.attention(pool, query, cache.keys, cache.values, self.scale)
-        out = ops.sigmoid_mul(pool, out, query_gate).reshape(tokens, -1)
-        y = self.o_proj(ops.Activations(pool, out, f"{self.name} output"), record)
+        heads = np.empty_like(query)
+
+        def attend():  # the cache, unlike all other arrays, is another with every token
+            cache.append(key, value)
+            ops.attention(pool, query, cache.keys, cache.values, self.scale, heads)
+
+        ops.during(pool, attend)
+        gated = ops.sigmoid_mul(pool, heads, query_gate).reshape(tokens, -1)
+        y = self.o_proj(ops.Activations(pool, gated, f"{self.name} output"), record)
         if record:
             record(self.name, y)
         return y

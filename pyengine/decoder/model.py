@@ -26,7 +26,8 @@ class DecoderLayer:
 
     def __init__(self, pool: ops.Pool, checkpoint: Checkpoint, index: int):
         config, tensors = checkpoint.config, checkpoint.tensors
-        self.name = name = f"model.layers.{index}"
+        self.pool, self.name = pool, f"model.layers.{index}"
+        name = self.name
         self.linear = config.layer_types[index] == LINEAR
         eps = config.rms_norm_eps
         self.input_layernorm = Norm(pool, tensors[f"{name}.input_layernorm.weight"], eps)
@@ -42,14 +43,25 @@ class DecoderLayer:
         """hidden [T, hidden] -> [T, hidden]; updates the layer's state."""
         x = self.input_layernorm(hidden, record)
         if self.linear:
-            hidden = hidden + self.mixer.forward(x, state, record)
+            mixed = self.mixer.forward(x, state, record)
         else:
-            hidden = hidden + self.mixer.forward(x, state, rope_table, record)
+            mixed = self.mixer.forward(x, state, rope_table, record)
+        hidden = ops.add(self.pool, hidden, mixed)
         x = self.post_attention_layernorm(hidden, record)
-        hidden = hidden + self.mlp.forward(x, record)
+        hidden = ops.add(self.pool, hidden, self.mlp.forward(x, record))
         if record:
             record(self.name, hidden)
         return hidden
+
+
+class Step:
+    """The pass of one token through a model on a state's layers, with the arrays it reads and writes."""
+
+    def __init__(self, model: LockedModel, layers: list, embedding: np.ndarray):
+        self.model, self.layers, self.embedding = model, layers, embedding
+        self.rope_table = ops.rope_table(0, 1, model.inv_freq)
+        self.logits = None
+        self.tape = ops.Tape()
 
 
 class LockedModel:
@@ -70,6 +82,7 @@ class LockedModel:
         self.lm_head = Linear(self.pool, tensors["lm_head.weight"])
         self.lm_head.name = "lm_head"  # a tied one is called model.embed_tokens in the file
         self.inv_freq = self.config.inv_freq()
+        self.replays = True  # False: every token through Python, to time or watch the operations
 
     def new_state(self) -> State:
         return State(self.config, np.float32, self.cache_dtype)
@@ -90,6 +103,9 @@ class LockedModel:
         chunk = as_chunk(self.chunk if chunk is None else chunk)
         logits = np.empty((1 if last_only else len(ids), self.config.vocab_size), np.float32)
         with self.pool.lock:
+            if len(ids) == 1 and not record and self.replays:
+                logits[:] = self._next_token(ids, state)
+                return logits
             for start in range(0, len(ids), chunk):
                 hidden = self._hidden(ids[start:start + chunk], state, record)
                 if not last_only:
@@ -104,10 +120,36 @@ class LockedModel:
         if record:
             record("model.embed_tokens", hidden)
         rope_table = ops.rope_table(state.position, len(ids), self.inv_freq)
-        for layer, layer_state in zip(self.layers, state.layers):
-            hidden = layer.forward(hidden, layer_state, rope_table, record)
+        hidden = self._through_layers(hidden, state, rope_table, record)
         state.position += len(ids)
         return hidden
+
+    def _through_layers(self, hidden, state, rope_table, record):
+        for layer, layer_state in zip(self.layers, state.layers):
+            hidden = layer.forward(hidden, layer_state, rope_table, record)
+        return hidden
+
+    def _next_token(self, ids, state):
+        """One id -> logits [1, vocab], which the next call overwrites; advances the state.
+
+        The same operations as ever: recorded with a state's first single token, then replayed.
+        """
+        embedding = self.embed_tokens.stored_float32(rows=ids)
+        step = state.step
+        if step is not None and step.model is self and step.layers is state.layers:
+            step.embedding[:] = embedding
+            ops.rope_table(state.position, 1, self.inv_freq, step.rope_table)
+            step.tape.replay(self.pool)
+        else:
+            state.step = None  # its arrays may go before the new ones come
+            step = Step(self, state.layers, embedding)
+            with step.tape.recording(self.pool):
+                ops.rope_table(state.position, 1, self.inv_freq, step.rope_table)
+                hidden = self._through_layers(embedding, state, step.rope_table, None)
+                step.logits = self._logits(hidden, None)
+            state.step = step
+        state.position += 1
+        return step.logits
 
     def _logits(self, hidden, record):
         return self.lm_head(self.norm(hidden, record), record)

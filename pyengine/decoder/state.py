@@ -122,6 +122,7 @@ class State:
 
     def __init__(self, config: Config, dtype, cache_dtype=None):
         self.position = 0
+        self.step = None  # what a model keeps here to compute the next token faster
         self.marks: list[Mark] = []
         self.layers = [DeltaNetState(config, dtype) if kind == LINEAR
                        else KeyValueCache(config, cache_dtype or dtype)
@@ -130,7 +131,7 @@ class State:
     def copy(self) -> State:
         """Without the marks."""
         twin = object.__new__(State)
-        twin.position, twin.marks = self.position, []
+        twin.position, twin.marks, twin.step = self.position, [], None
         twin.layers = [layer.copy() for layer in self.layers]
         return twin
 
