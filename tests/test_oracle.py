@@ -9,6 +9,7 @@ import pytest
 from peer import Peer
 from rewrite import GOLDEN
 
+import pyengine
 from pyengine import reference as ref
 from pyengine.cli import main
 from pyengine.errors import FileFormatError, InputError
@@ -124,12 +125,15 @@ def test_a_budget_written_and_read_again(budget, truth, tmp_path):
     part = Trace(truth.ids, {"lm_head": truth.tensors["lm_head"]})
     with pytest.raises(InputError, match="want one for the candidate's tensors, got .* lm_head|model"):
         budget.check(part)
+    budget.check(truth, pyengine.load(MODEL, "float64"))
+    with pytest.raises(InputError, match="want one for this model, got one for another"):
+        budget.check(truth, pyengine.load(GOLDEN / "tied.gguf", "float64"))
 
 
 @pytest.mark.parametrize("text, message", [
-    ("[", "file: want JSON"), ("{}", "format: want 'pyengine-budget-1'"),
-    ('{"format": "pyengine-budget-1"}', "budget: want what Budget.save writes"),
-    ('{"format": "pyengine-budget-1", "total": [], "own": {}}', "budget: want what"),
+    ("[", "file: want JSON"), ("{}", "format: want 'pyengine-budget-2'"),
+    ('{"format": "pyengine-budget-2"}', "budget: want what Budget.save writes"),
+    ('{"format": "pyengine-budget-2", "total": [], "own": {}}', "budget: want what"),
 ])
 def test_a_file_that_is_no_budget(tmp_path, text, message):
     (tmp_path / "b.json").write_text(text)

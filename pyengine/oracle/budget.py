@@ -23,7 +23,7 @@ from .rerun import is_choice, own_values
 from .rounding import DTYPES, ORDERS, rounded_model
 
 FACTOR = 4.0
-FORMAT = "pyengine-budget-1"
+FORMAT = "pyengine-budget-2"  # 1 did not say for which model
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Budget:
     factor: float
     orders: int
     ids_sha256: str
+    model_sha256: str  # Checkpoint.fingerprint
     total: dict[str, Error]
     own: dict[str, Error]
     recorded: tuple[str, ...]
@@ -90,14 +91,16 @@ class Budget:
             total, own = ({name: Error(float(e["rms"]), float(e["largest"]))
                            for name, e in fields[key].items()} for key in ("total", "own"))
             return cls(str(fields["dtype"]), float(fields["factor"]), int(fields["orders"]),
-                       str(fields["ids_sha256"]), total, own,
+                       str(fields["ids_sha256"]), str(fields["model_sha256"]), total, own,
                        tuple(str(name) for name in fields["recorded"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problem = f"want what Budget.save writes, got a fault at {error}"
             raise FileFormatError(path, "budget", problem) from None
 
-    def check(self, candidate: Trace) -> None:
-        """InputError unless it was made for these ids and these tensors."""
+    def check(self, candidate: Trace, model: ReferenceModel | None = None) -> None:
+        """InputError unless it was made for these ids, these tensors and this model."""
+        if model is not None and self.model_sha256 != model.checkpoint.fingerprint():
+            raise InputError("budget: want one for this model, got one for another")
         if self.ids_sha256 != digest_of_ids(candidate.ids):
             raise InputError("budget: want one for the candidate's ids, got one for others")
         other = (set(self.recorded) ^ set(candidate.tensors)) & set(self.total)
@@ -147,8 +150,8 @@ def measure(model: ReferenceModel, ids, dtype: str, names=None, factor: float = 
             _widen(own, _own_pairs(model, run))
             bar.update()
     least = _one_rounding(truth, DTYPES[dtype][2])
-    return Budget(dtype, factor, orders, digest_of_ids(ids), _times(total, factor, least),
-                  _times(own, factor, least), tuple(recorded))
+    return Budget(dtype, factor, orders, digest_of_ids(ids), model.checkpoint.fingerprint(),
+                  _times(total, factor, least), _times(own, factor, least), tuple(recorded))
 
 
 def _rounded_run(model, ids, truth) -> Trace:

@@ -192,7 +192,7 @@ def _first_token(value, truth, budget: Error) -> int | None:
 
 def judge(model: ReferenceModel, candidate: Trace, budget: Budget) -> Verdict:
     """A candidate against the model within a budget.  Errors: InputError."""
-    budget.check(candidate)
+    budget.check(candidate, model)
     reference, flips = _following(model, candidate, budget)
     comparison = compare(reference, candidate)
     own: dict[str, np.ndarray] = {}
