@@ -188,7 +188,7 @@ ESCAPES = [
     "{{ ''.__class__ }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__init__ }}",
     "{{ messages.append(1) }}", "{{ messages[0].update(a=1) }}", "{{ self.__init__.__globals__ }}",
     "{{ raise_exception.__globals__ }}", "{{ strftime_now.__globals__['sys'] }}", "{{ cycler.__init__ }}",
-    "{{ lipsum.__globals__['os'].popen('id') }}", "{{ (messages | attr('__class__')) }}",
+    "{{ cycler.__init__.__globals__['os'].popen('id') }}", "{{ (messages | attr('__class__')) }}",
     "{{ '{0.__class__}'.format(messages) }}", "{{ '%s'.__mod__(1) }}", "{{ namespace.__init__ }}",
     "{% set n = namespace(__class__=1) %}", "{% set n = namespace() %}{% set n.__class__ = 1 %}",
     "{{ messages | map(attribute='__class__') | list }}", "{% macro m() %}{% endmacro %}{{ m._func }}",
@@ -201,6 +201,14 @@ def test_a_template_that_tries_to_leave(source):
     template, fault = chat_sandbox.compile_template(source)
     answer = fault or chat_sandbox.render(template, [{"messages": [user("a")]}])
     assert answer["error"] == "unsafe" and "texts" not in answer
+
+
+@pytest.mark.parametrize("source, message", [
+    ("{{ lipsum() }}", "'lipsum' is undefined"), ("{{ [1, 2] | random }}", "No filter named 'random'")])
+def test_a_template_does_not_draw_at_random(source, message):
+    with pytest.raises((FileFormatError, InputError), match=message) as error:
+        ChatTemplate(source, "FILE").render([user("a")])
+    assert "\n" not in str(error.value)
 
 
 def test_a_try_to_leave_is_one_error():

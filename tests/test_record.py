@@ -15,6 +15,7 @@ from pyengine.testing import record, record_llama_cpp
 from pyengine.trace import LLAMA_CPP, Trace, record_trace
 
 CONVERTER = GOLDEN.parent / "converter" / "A-Q8_0.gguf"
+TRAINED = GOLDEN.parent / "trained" / "bf16.gguf"  # the others are random
 MODEL = GOLDEN / "pattern31.gguf"
 TOKENS = 40
 
@@ -45,7 +46,7 @@ def transformers_model(path, dtype):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("path", [MODEL, CONVERTER, GOLDEN / "nextn.gguf"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [MODEL, CONVERTER, GOLDEN / "nextn.gguf", TRAINED], ids=lambda p: p.stem)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_transformers_is_within_the_budget_of_its_dtype(path, dtype):
     oracle = Oracle(None, path)
