@@ -232,6 +232,7 @@ def test_a_worker_answers(tools):
     assert all(answer["seconds"] > 0 and len(answer["logits"]) == 288 for answer in answers)
 
 
+@pytest.mark.slow
 def test_peers():
     pytest.importorskip("llama_cpp")
     done = peers(MODEL, "--prompt", 8, "--gen", 4, "--rounds", 1, "--threads", 1, "--json")

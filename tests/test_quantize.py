@@ -18,14 +18,14 @@ from odd_model import DIMENSIONS
 from rewrite import GOLDEN, rewrite, split_gguf
 
 import pyengine
-from pyengine import ops
+from pyengine import ops, provenance
 from pyengine.checkpoint import Tensor, model_specs, open_checkpoint
 from pyengine.cli import main
 from pyengine.codes import GROUP, pack_int4, quantize_groups, to_bfloat16, unpack_int4
 from pyengine.errors import CheckpointError, InputError, PyengineError
-from pyengine.files.gguf import GGUF
+from pyengine.files.gguf import GGUF, dequantize
 from pyengine.files.safetensors import SafetensorsWriter
-from pyengine.quantize import Pass, Twin, quantize
+from pyengine.quantize import Pass, Twin, quantize, shard_names
 
 PLAIN = GOLDEN / "pattern31.gguf"
 
@@ -112,7 +112,11 @@ def test_the_odd_model_differs_in_every_dimension(odd_model):
 def test_written_codes_are_the_rule_applied_to_the_source(tmp_path, odd_model, name):
     source = odd_model if name == "odd" else GOLDEN / f"{name}.gguf"
     quantize(source, tmp_path / "int8")
-    before, after = open_checkpoint(source).tensors, open_checkpoint(tmp_path / "int8").tensors
+    assert_int8_of(source, tmp_path / "int8")
+
+
+def assert_int8_of(source, directory):
+    before, after = open_checkpoint(source).tensors, open_checkpoint(directory).tensors
     assert list(before) == list(after)
     for key, tensor in after.items():
         x, y = before[key].float64().astype(np.float32), tensor.float64()
@@ -126,14 +130,43 @@ def test_written_codes_are_the_rule_applied_to_the_source(tmp_path, odd_model, n
             assert tensor.type == "F32" and np.array_equal(y, x), key
 
 
+def in_type(source, destination, kind):
+    """The GGUF with its matrices in a float type."""
+    changed = {}
+    for name, tensor in GGUF.open(source).tensors.items():
+        if len(tensor.shape) > 1 and "conv1d" not in name:
+            x = dequantize(tensor)
+            stored = {"F32": x, "F16": x.astype(np.float16), "BF16": to_bfloat16(x)}[kind]
+            changed[name] = stored, T[kind]
+    return rewrite(source, destination, tensors=changed)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("name", ["pattern31", "odd"])
+def test_a_gguf_of_floats(tmp_path, odd_model, name, kind):
+    original = odd_model if name == "odd" else PLAIN
+    source = in_type(original, tmp_path / "m.gguf", kind)
+    assert open_checkpoint(source).tensors["model.layers.0.mlp.experts.down_proj"].type == kind
+    quantize(source, tmp_path / "int8", tmp_path / "int4")
+    assert_int8_of(source, tmp_path / "int8")
+    if kind == "F32":  # the exact values of Q8_0: the same twins
+        quantize(original, tmp_path / "a8", tmp_path / "a4")
+        for mine, other in (("int8", "a8"), ("int4", "a4")):
+            assert_same_tensors(tmp_path / mine, tmp_path / other)
+
+
+def assert_same_tensors(one, other):
+    a, b = (open_checkpoint(directory).file.tensors for directory in (one, other))
+    assert list(a) == list(b)
+    assert all(np.array_equal(a[n].data, b[n].data) for n in a)
+
+
 def test_shards_give_the_same_tensors(tmp_path):
     quantize(PLAIN, tmp_path / "one")
     quantize(PLAIN, tmp_path / "many", shard_bytes=60_000)
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 3
     assert (tmp_path / "many" / "model.safetensors.index.json").exists()
-    a, b = (open_checkpoint(tmp_path / d).file.tensors for d in ("one", "many"))
-    assert set(a) == set(b)
-    assert all(np.array_equal(a[n].data, b[n].data) for n in a)
+    assert_same_tensors(tmp_path / "one", tmp_path / "many")
 
 
 def test_the_same_bytes_twice_and_what_provenance_says(tmp_path):
@@ -479,8 +512,9 @@ def test_int4_codes_and_both_arithmetics(tmp_path, odd_model, name):
     assert np.abs(locked - float64).max() < 0.01
 
 
-def hf_directory(directory, source, prefix="model.", apart=False):
-    """A float checkpoint in Hugging Face's layout with the source's exact values."""
+def hf_directory(directory, source, prefix="model.", apart=False, files=1):
+    """A float checkpoint in Hugging Face's layout with the source's exact values, in bfloat16 what is
+    one; in one file, or several and an index."""
     checkpoint = open_checkpoint(source)
     directory.mkdir()
     tensors = {}
@@ -501,10 +535,17 @@ def hf_directory(directory, source, prefix="model.", apart=False):
         tensors[name] = values
     tensors = {n.replace("model.", prefix, 1) if n.startswith("model.") else n: v
                for n, v in tensors.items()}
-    with SafetensorsWriter(directory / "model.safetensors",
-                           [(n, "F32", v.shape) for n, v in tensors.items()]) as writer:
-        for name, values in tensors.items():
-            writer.write(name, values)
+    bfloat16 = {n for n, v in tensors.items() if not (v.view(np.uint32) & 0xFFFF).any()}
+    names, weight_map = list(tensors), {}
+    for i, file in enumerate(shard_names(files)):
+        part = names[i * len(names) // files:(i + 1) * len(names) // files]
+        weight_map |= dict.fromkeys(part, file)
+        with SafetensorsWriter(directory / file, [(n, "BF16" if n in bfloat16 else "F32", tensors[n].shape)
+                                                  for n in part]) as writer:
+            for name in part:
+                writer.write(name, to_bfloat16(tensors[name]) if name in bfloat16 else tensors[name])
+    if files > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (directory / "config.json").write_text(json.dumps(checkpoint.config.to_hf()))
     return directory
 
@@ -516,12 +557,23 @@ def test_a_hugging_face_directory_gives_the_same_codes(tmp_path, prefix, apart):
     quantize(PLAIN, tmp_path / "a8", tmp_path / "a4")
     quantize(hf, tmp_path / "b8", tmp_path / "b4")
     for bits in "84":
-        a, b = (open_checkpoint(tmp_path / f"{d}{bits}").file.tensors for d in "ab")
-        assert list(a) == list(b)
-        for name in a:
-            assert np.array_equal(a[name].data, b[name].data), name
+        assert_same_tensors(tmp_path / f"a{bits}", tmp_path / f"b{bits}")
     ids = [1, 2, 3]
     assert np.array_equal(pyengine.load(hf).forward(ids).shape, (3, 288))
+
+
+@pytest.mark.parametrize("name", ["pattern31", "odd"])
+def test_a_hugging_face_directory_as_it_is_published(tmp_path, odd_model, name):
+    """bfloat16, in several files with an index."""
+    source = in_type(odd_model if name == "odd" else PLAIN, tmp_path / "m.gguf", "BF16")
+    hf = hf_directory(tmp_path / "hf", source, "model.language_model.", files=3)
+    kinds = [tensor.type for tensor in open_checkpoint(hf).tensors.values()]
+    assert kinds.count("BF16") > len(kinds) // 2 and len(open_checkpoint(hf).source_files) == 3
+    quantize(source, tmp_path / "a8", tmp_path / "a4")
+    quantize(hf, tmp_path / "b8", tmp_path / "b4")
+    for bits in "84":
+        assert_same_tensors(tmp_path / f"a{bits}", tmp_path / f"b{bits}")
+    assert len(provenance.read(tmp_path / "b8")["source"]["files"]) == 3
 
 
 def test_a_split_source_gives_the_same_tensors(tmp_path):
@@ -530,8 +582,7 @@ def test_a_split_source_gives_the_same_tensors(tmp_path):
     split_gguf(PLAIN, tmp_path / "m", [names[: len(names) // 2], names[len(names) // 2:]])
     quantize(PLAIN, tmp_path / "a")
     quantize(parts, tmp_path / "b")
-    a, b = (open_checkpoint(tmp_path / d).file.tensors for d in "ab")
-    assert all(np.array_equal(a[n].data, b[n].data) for n in a) and list(a) == list(b)
+    assert_same_tensors(tmp_path / "a", tmp_path / "b")
 
 
 def test_the_int8_model_runs_in_both_arithmetics(tmp_path):
