@@ -466,7 +466,7 @@ def delta_rule(pool: Pool, query, key, qkv, value_start: int, beta, decay, key_h
     return out
 
 
-def attention(pool: Pool, query, keys, values, scale: float, out=None):
+def attention(pool: Pool, query, keys, values, scale: float, out=None, name: str = "attention"):
     """query [T, heads, n] over keys, values [start + T, kv heads, n] -> [T, heads, n].
 
     keys and values are both float32 or both float16; out: an array to write to.
@@ -482,19 +482,19 @@ def attention(pool: Pool, query, keys, values, scale: float, out=None):
     out = np.empty_like(query) if out is None else out
     _check(function(pool.pointer, _in(query), _in(keys, *form), _in(values, *form),
                     positions - tokens, tokens, heads, kv_heads, n, scale, _out(out)),
-           "attention scores")
+           f"{name}: scores")
     return out
 
 
 # ---- mixture of experts ----------------------------------------------------------------------
 
 
-def router(pool: Pool, logits, top_k: int):
+def router(pool: Pool, logits, top_k: int, name: str = "router logits"):
     """logits [T, experts] -> routing_weights float32, selected_experts int32, both [T, top_k]."""
     tokens, experts = logits.shape
     weights = np.empty((tokens, top_k), np.float32)
     selected = np.empty((tokens, top_k), np.int32)
-    _run(pool, lib.pe_router, "router logits", _in(logits), tokens, experts, top_k, _out(weights),
+    _run(pool, lib.pe_router, name, _in(logits), tokens, experts, top_k, _out(weights),
          _out(selected, "int32_t[]"))
     return weights, selected
 

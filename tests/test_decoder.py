@@ -108,7 +108,7 @@ def test_a_replay_that_fails_names_what_failed(model):
         with pytest.raises(ops.NonFiniteError) as error:
             model.forward([3], state)
         said.append(str(error.value))
-    assert said[0] == said[1] and "want finite values, got NaN" in said[0]
+    assert said[0] == said[1] and said[0].startswith("model.layers."), said
 
 
 def test_an_operation_that_cannot_be_replayed_is_refused(model):

@@ -51,7 +51,7 @@ class Attention:
 
         def attend():  # the cache, unlike all other arrays, is another with every token
             cache.append(key, value)
-            ops.attention(pool, query, cache.keys, cache.values, self.scale, heads)
+            ops.attention(pool, query, cache.keys, cache.values, self.scale, heads, self.name)
 
         ops.during(pool, attend)
         gated = ops.sigmoid_mul(pool, heads, query_gate).reshape(tokens, -1)

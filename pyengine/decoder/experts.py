@@ -27,7 +27,8 @@ class SparseMoe:
         """x [T, hidden] -> [T, hidden]."""
         pool = self.pool
         router_logits, shared_expert_gate = self.gates(x)
-        routing_weights, selected_experts = ops.router(pool, router_logits, self.top_k)
+        routing_weights, selected_experts = ops.router(pool, router_logits, self.top_k,
+                                                        f"{self.name}.gate")
         if not record:
             return ops.experts(pool, self.experts, x, selected_experts, routing_weights,
                                shared_expert_gate)
