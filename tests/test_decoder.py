@@ -1,5 +1,8 @@
 """The locked forward pass: one output, whatever the split, chunk, threads or instruction set."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from rewrite import GOLDEN
@@ -86,6 +89,16 @@ def test_states_take_turns_go_back_and_are_given_away(model):
     parts = [one_by_one(m, ids[0][start:start + 5], state)
              for m, start in ((model, 0), (twin, 5), (model, 10))]
     assert equal(np.concatenate(parts), want[0][:15])
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))],
+                         ids=["deepcopy", "pickle"])
+def test_a_state_can_be_written_and_read_again(model, again):
+    ids, state = prompt(model, 10), model.new_state()
+    want = model.forward(ids)
+    one_by_one(model, ids[:5], state)
+    assert equal(one_by_one(model, ids[5:], again(state)), want[5:])
+    assert equal(one_by_one(model, ids[5:], state), want[5:])
 
 
 def test_logits_stay_when_the_next_token_comes(model):

@@ -135,6 +135,10 @@ class State:
         twin.layers = [layer.copy() for layer in self.layers]
         return twin
 
+    def __getstate__(self):
+        """For pickle and copy: all but what points into memory."""
+        return vars(self) | {"step": None}
+
     def restore(self, snapshot: State) -> None:
         """Become a copy of the snapshot."""
         if len(snapshot.layers) != len(self.layers):
