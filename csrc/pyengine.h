@@ -282,10 +282,11 @@ int32_t pe_experts(pe_pool *pool, const pe_experts_weights *w, const pe_activati
 
 /* ---- replay ---------------------------------------------------------------------------------- */
 
-/* The calls of one token are the same as the last token's, but for what stands in the arrays: between
- * two of them, a caller in another language costs more than many of them do. */
+/* One token's calls are the last token's, but for what stands in the arrays.  A caller in an interpreted
+ * language spends more time between two of them than many of them take, so they can be made from a list.
+ * What the pointers in it point to must live as long as the list is used. */
 
-/* An argument: an integer, a float or double, or a pointer. */
+/* An argument: i an integer of any size, d a float or double, p a pointer. */
 typedef union {
     int64_t i;
     double d;
@@ -303,7 +304,7 @@ typedef struct {
 int32_t pe_operation(const char *name);
 
 /* Make the calls one after another, up to the first that returns an error: its status, and its index
- * in *failed. */
+ * in *failed.  PE_ERROR_ARGUMENT: also an operation with an unknown number. */
 int32_t pe_replay(pe_pool *pool, const pe_call *calls, int64_t n, int64_t *failed);
 
 /* ---- quantizing weights ---------------------------------------------------------------------- */

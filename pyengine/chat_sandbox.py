@@ -52,7 +52,7 @@ def environment():
     env.filters["tojson"] = _tojson
     env.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now,
                     "namespace": Namespace}
-    # What draws at random: the same conversation must be the same text.
+    # What draws at random: but for the date, the same conversation must be the same text.
     del env.globals["lipsum"], env.filters["random"]
     return env
 

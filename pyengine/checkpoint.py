@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -145,9 +146,10 @@ class Checkpoint:
         return head % keys if self.value_head_order == "tiled" else head // (heads // keys)
 
     def fingerprint(self) -> str:
-        """sha256 of every parameter's name, type, shape and first row, or first expert's first row: it
-        tells one model from another and reads little; that two are equal it does not prove."""
-        digest = hashlib.sha256()
+        """sha256 of the configuration and of every parameter's name, type, shape and first row (of a
+        stack, the first expert's): it tells one model from another and reads little; that two are equal
+        it does not prove."""
+        digest = hashlib.sha256(json.dumps(self.config.to_hf(), sort_keys=True).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.type} {tensor.shape} ".encode())
             expert = 0 if ".mlp.experts." in name else None

@@ -19,6 +19,7 @@ from .decoder.model import CACHE_DTYPES
 FLOAT = 4  # bytes
 ALIGNMENT = 64  # of every piece of the experts' scratch
 FIRST_CAPACITY = 256  # positions of a key-value cache that has just begun: see decoder/state.py
+CALLS_OF_A_LAYER = 32 << 10  # about twenty, of some 1 KB in C and Python: see decoder/model.py, OneToken
 PIECE, MAX_HEADS = 32, 16  # a thread's positions and query heads at a time: see csrc/attention.c
 
 
@@ -34,6 +35,7 @@ def footprint(checkpoint: Checkpoint, context: int, chunk: int, threads: int,
     key_value_cache_growth  what doubling may add, the old arrays while they are copied included;
                             nothing of it when room was reserved
     activations             a chunk's arrays in Python, as if one layer's all lived at once
+    one_token               the arrays of all layers that a state keeps to replay a single token
     experts_scratch         what the thread pool keeps for the experts of a chunk
     thread_scratch          for each thread some heads' attention scores, some keys or values of a
                             float16 cache as float32, and a row of expert probabilities
@@ -49,6 +51,7 @@ def footprint(checkpoint: Checkpoint, context: int, chunk: int, threads: int,
         "key_value_cache": key_value_cache(config, context, item),
         "key_value_cache_growth": key_value_cache_growth(config, context, item),
         "activations": activations(config, tokens),
+        "one_token": one_token(config),
         "experts_scratch": experts_scratch(config, tokens),
         "thread_scratch": threads * thread_scratch(config, context),
     }
@@ -111,15 +114,30 @@ def _cache_array(c: Config, positions: int, item: int) -> int:
 
 def activations(c: Config, tokens: int) -> int:
     """Of the larger kind of layer, with the embedding rows and one token's logits."""
+    layer = max(_layer(c, kind) for kind in set(c.layer_types))
+    return tokens * (_before_layers(c) + layer) + 2 * _logits(c)
+
+
+def one_token(c: Config) -> int:
+    """See OneToken in decoder/model.py: its arrays, and its list of calls with what Python holds of it."""
+    layers = sum(_layer(c, kind) + CALLS_OF_A_LAYER for kind in c.layer_types)
+    return _before_layers(c) + layers + _logits(c) + CALLS_OF_A_LAYER
+
+
+def _before_layers(c: Config) -> int:
+    """Per token: the embedding's codes and values; the rope table."""
+    return (3 * c.hidden_size + c.rotary_dim) * FLOAT
+
+
+def _layer(c: Config, kind: str) -> int:
+    """Per token: what lies before the layer, between its halves and after it; normed twice; its halves."""
     hidden = c.hidden_size
-    embedding = 3 * hidden * FLOAT  # codes and values
-    rope_table = c.rotary_dim * FLOAT
-    residuals = 3 * hidden * FLOAT  # before the layer, between its halves, after it
-    normed = 2 * (hidden * FLOAT + _quantised(hidden))
-    mixers = {LINEAR: _delta_net(c), FULL: _attention(c)}
-    mixer = max(mixers[kind] for kind in set(c.layer_types))
-    logits = (c.vocab_size + hidden) * FLOAT + _quantised(hidden)
-    return tokens * (embedding + rope_table + residuals + normed + mixer + _mlp(c)) + 2 * logits
+    mixer = _delta_net(c) if kind == LINEAR else _attention(c)
+    return 3 * hidden * FLOAT + 2 * (hidden * FLOAT + _quantised(hidden)) + mixer + _mlp(c)
+
+
+def _logits(c: Config) -> int:
+    return (c.vocab_size + c.hidden_size) * FLOAT + _quantised(c.hidden_size)
 
 
 def _quantised(cols: int) -> int:

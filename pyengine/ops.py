@@ -119,11 +119,14 @@ def _check(status, what):
         raise kind(f"{what}: {reason}")
 
 
-def _run(pool: Pool, function, what: str, *arguments) -> None:
-    """An operation of the C core on the pool; noted down if the pool's calls are being recorded."""
+def _run(pool: Pool, function, what: str, *arguments, keep=()) -> None:
+    """An operation of the C core on the pool; noted down if the pool's calls are being recorded.
+
+    The arguments hold the arrays that `_in` and `_out` were given; keep holds what structs point to.
+    """
     _check(function(pool.pointer, *arguments), what)
     if pool.tape is not None:
-        pool.tape.add(function, what, arguments)
+        pool.tape.add_call(function, what, arguments, keep)
 
 
 def _want(condition, what):
@@ -131,21 +134,30 @@ def _want(condition, what):
         raise InputError(what)
 
 
+def _want_out(out, shape) -> None:
+    _want(out.shape == shape and out.dtype == np.float32, f"out: want float32 {shape}, got {out.dtype} "
+          f"{out.shape}")
+
+
 # ---- recording -------------------------------------------------------------------------------
 
 
 class Tape:
-    """Calls of the C core as they were made, and steps of the caller's own between them, to be made
-    again on the same arrays: a step of one token repeats the last but for their contents.
+    """Calls of the C core as they were made, to be made again on the same arrays: one token's are the
+    last token's, but for what stands in the arrays.
 
         with tape.recording(pool):
-            ...                     # operations; `during(pool, step)` where an array changes
+            ...                     # operations of this module
+            by_python(pool, f)      # what is no such operation, or wants other arrays each time
         tape.replay(pool)           # as often as wanted; the results are in the same arrays
+
+    What NumPy computes in between is not recorded.  The tape holds the arrays.
+    Errors: InputError at the end of the recording for an operation that csrc/replay.c does not list.
     """
 
     def __init__(self):
-        self._steps: list = []  # (calls, how many, what each is), or a function
-        self._calls: list = []  # recorded since the last step: (function, what, arguments)
+        self._parts: list = []  # in order: a function, or (calls, what each is, what they point to)
+        self._calls: list = []  # since the last part: (function, what, arguments, keep)
 
     @contextlib.contextmanager
     def recording(self, pool: Pool):
@@ -156,40 +168,39 @@ class Tape:
             pool.tape = None
         self._end_calls()
 
-    def add(self, function, what: str, arguments: tuple) -> None:
-        self._calls.append((function, what, arguments))
+    def add_call(self, function, what: str, arguments: tuple, keep) -> None:
+        self._calls.append((function, what, arguments, keep))
 
-    def add_step(self, step) -> None:
+    def add_function(self, function) -> None:
         self._end_calls()
-        self._steps.append(step)
+        self._parts.append(function)
 
     def replay(self, pool: Pool) -> None:
         failed = ffi.new("int64_t *")
-        for step in self._steps:
-            if callable(step):
-                step()
+        for part in self._parts:
+            if callable(part):
+                part()
                 continue
-            calls, count, whats, _ = step
-            status = lib.pe_replay(pool.pointer, calls, count, failed)
+            calls, whats, _ = part
+            status = lib.pe_replay(pool.pointer, calls, len(calls), failed)
             if status != lib.PE_OK:
                 _check(status, whats[failed[0]])
 
     def _end_calls(self) -> None:
         if not self._calls:
             return
-        structs = ffi.new("pe_call[]", len(self._calls))
-        for struct, (function, _, arguments) in zip(structs, self._calls):
-            _fill_call(struct, function, arguments)
-        # The arguments hold the arrays and structs that the calls point to.
-        self._steps.append((structs, len(structs), [what for _, what, _ in self._calls],
-                            [arguments for *_, arguments in self._calls]))
-        self._calls = []
+        calls, recorded, self._calls = ffi.new("pe_call[]", len(self._calls)), self._calls, []
+        for call, (function, _, arguments, _) in zip(calls, recorded):
+            _fill_call(call, function, arguments)
+        self._parts.append((calls, [what for _, what, *_ in recorded], recorded))
 
 
-def _fill_call(struct, function, arguments) -> None:
-    struct.operation = lib.pe_operation(function.__name__.encode())
-    _want(struct.operation >= 0, f"{function.__name__}: cannot be replayed")
-    for word, kind, value in zip(struct.words, ffi.typeof(function).args[1:], arguments, strict=False):
+def _fill_call(call, function, arguments) -> None:
+    call.operation = lib.pe_operation(function.__name__.encode())
+    _want(call.operation >= 0, f"{function.__name__}: cannot be replayed")
+    kinds = ffi.typeof(function).args[1:]  # without the pool
+    _want(len(kinds) <= lib.PE_CALL_WORDS, f"{function.__name__}: too many arguments for a call")
+    for word, kind, value in zip(call.words, kinds, arguments):
         if kind.kind == "pointer":
             word.p = ffi.cast("void *", value)
         elif kind.cname in ("float", "double"):
@@ -198,15 +209,15 @@ def _fill_call(struct, function, arguments) -> None:
             word.i = value
 
 
-def during(pool: Pool, step) -> None:
-    """Call step(); and again in every replay, if calls are being recorded."""
+def by_python(pool: Pool, function) -> None:
+    """Call function(), whose operations are not recorded; it is called again in every replay."""
     tape, pool.tape = pool.tape, None
     try:
-        step()
+        function()
     finally:
         pool.tape = tape
     if tape is not None:
-        tape.add_step(step)
+        tape.add_function(function)
 
 
 # ---- matrices --------------------------------------------------------------------------------
@@ -285,7 +296,7 @@ def matmul(pool: Pool, matrix: Matrix, x: Activations, expert: int = 0) -> np.nd
     _want(0 <= expert < matrix.experts, f"expert: want below {matrix.experts}, got {expert}")
     y = np.empty((x.x.shape[0], matrix.rows), np.float32)
     _run(pool, lib.pe_matmul, f"matmul of {x.name}", matrix.struct, expert, x.for_matrices(matrix),
-         _out(y), matrix.rows)
+         _out(y), matrix.rows, keep=(x, matrix))
     return y
 
 
@@ -304,7 +315,7 @@ def matmul_each(pool: Pool, group: Matrices, x: Activations) -> list[np.ndarray]
     tokens = x.x.shape[0]
     y = np.empty(tokens * sum(group.rows), np.float32)
     _run(pool, lib.pe_matmul_each, f"matmul of {x.name}", group.pointers, len(group.rows),
-         x.for_matrices(*group.matrices), _out(y))
+         x.for_matrices(*group.matrices), _out(y), keep=(x, group))
     parts, start = [], 0
     for rows in group.rows:
         parts.append(y[start:start + tokens * rows].reshape(tokens, rows))
@@ -334,7 +345,7 @@ def softplus(pool: Pool, x):
 def _each(function, pool, x):
     """Correctly rounded, element by element; any shape."""
     y = np.empty_like(x)
-    _check(function(pool.pointer, _in(x), x.size, _out(y)), "elementwise")
+    _run(pool, function, "elementwise", _in(x), x.size, _out(y))
     return y
 
 
@@ -350,7 +361,7 @@ def silu_mul(pool: Pool, gate, up):
     """silu(gate) * up, any shape."""
     _want(gate.shape == up.shape, "silu_mul: want equal shapes")
     y = np.empty_like(gate)
-    _check(lib.pe_silu_mul(pool.pointer, _in(gate), _in(up), gate.size, _out(y)), "silu_mul")
+    _run(pool, lib.pe_silu_mul, "silu_mul", _in(gate), _in(up), gate.size, _out(y))
     return y
 
 
@@ -359,7 +370,7 @@ def sigmoid_mul(pool: Pool, x, query_gate):
     tokens, heads, n = x.shape
     _want(query_gate.shape == (tokens, heads, 2 * n), "sigmoid_mul: want [T, heads, 2 n]")
     y = np.empty_like(x)
-    _run(pool, lib.pe_sigmoid_mul, "sigmoid_mul", _in(x), _in(query_gate) + n, 2 * n,
+    _run(pool, lib.pe_sigmoid_mul, "sigmoid_mul", _in(x), _in(query_gate.reshape(-1)[n:]), 2 * n,
          tokens * heads, n, _out(y))
     return y
 
@@ -410,7 +421,8 @@ def l2_norm(pool: Pool, x, start: int, heads: int, n: int, scale: float):
     tokens, width = x.shape
     _want(0 <= start and start + heads * n <= width, "l2_norm: want heads inside the row")
     y = np.empty((tokens, heads, n), np.float32)
-    _run(pool, lib.pe_l2_norm, "l2_norm", _in(x) + start, tokens, width, heads, n, scale, _out(y))
+    _run(pool, lib.pe_l2_norm, "l2_norm", _in(x.reshape(-1)[start:]), tokens, width, heads, n, scale,
+         _out(y))
     return y
 
 
@@ -420,7 +432,9 @@ def l2_norm(pool: Pool, x, start: int, heads: int, n: int, scale: float):
 def rope_table(start: int, tokens: int, inv_freq, out=None):
     """cos, sin [T, half] of positions start, start + 1, ...; out: such a pair to write to."""
     half = inv_freq.size
-    cos, sin = out or (np.empty((tokens, half), np.float32), np.empty((tokens, half), np.float32))
+    cos, sin = (np.empty((tokens, half), np.float32) for _ in range(2)) if out is None else out
+    _want_out(cos, (tokens, half))
+    _want_out(sin, (tokens, half))
     _check(lib.pe_rope_table(start, tokens, _in(inv_freq), half, _out(cos), _out(sin)),
            "rope_table")
     return cos, sin
@@ -460,9 +474,9 @@ def delta_rule(pool: Pool, query, key, qkv, value_start: int, beta, decay, key_h
           and qkv.shape[1] == value_start + heads * dv and key_head.shape == (heads,),
           "delta_rule: want shapes that fit the state")
     out = np.empty((tokens, heads, dv), np.float32)
-    _run(pool, lib.pe_delta_rule, "delta_rule", _in(query), _in(key), _in(qkv) + value_start,
-         qkv.shape[1], _in(beta), _in(decay), tokens, key_heads, heads, dk, dv, _in(key_head,
-         np.int32, "int32_t[]"), _out(recurrent_state), _out(out))
+    _run(pool, lib.pe_delta_rule, "delta_rule", _in(query), _in(key),
+         _in(qkv.reshape(-1)[value_start:]), qkv.shape[1], _in(beta), _in(decay), tokens, key_heads,
+         heads, dk, dv, _in(key_head, np.int32, "int32_t[]"), _out(recurrent_state), _out(out))
     return out
 
 
@@ -480,9 +494,9 @@ def attention(pool: Pool, query, keys, values, scale: float, out=None, name: str
     else:
         function, form = lib.pe_attention, (np.float32, "float[]")
     out = np.empty_like(query) if out is None else out
-    _check(function(pool.pointer, _in(query), _in(keys, *form), _in(values, *form),
-                    positions - tokens, tokens, heads, kv_heads, n, scale, _out(out)),
-           f"{name}: scores")
+    _want_out(out, query.shape)
+    _run(pool, function, f"{name}: scores", _in(query), _in(keys, *form), _in(values, *form),
+         positions - tokens, tokens, heads, kv_heads, n, scale, _out(out))
     return out
 
 
@@ -528,7 +542,8 @@ def experts(pool: Pool, weights: Experts, x: Activations, selected_experts, rout
         struct = ffi.new("pe_experts_trace *", {k: _out(v) for k, v in inside.items()})
     _run(pool, lib.pe_experts, f"experts of {x.name}", weights.struct,
          x.for_matrices(*weights.inputs), _in(selected_experts, np.int32, "int32_t[]"),
-         _in(routing_weights), selected_experts.shape[1], _in(shared_expert_gate), _out(y), struct)
+         _in(routing_weights), selected_experts.shape[1], _in(shared_expert_gate), _out(y), struct,
+         keep=(x, weights))
     return (y, inside) if trace else y
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from .config import read_json
 from .errors import FileFormatError, quote
-from .files.mapped import map_file
 
 FORMAT, OLDER_FORMATS = "noesis-provenance-2", ("noesis-provenance-1",)
 FILE_NAME = "noesis_provenance.json"
@@ -32,16 +31,25 @@ HASH_PIECE = 1 << 20
 MAX_GROUP = 1 << 20
 
 
-def describe_file(path: Path, advance=lambda nbytes: None) -> dict:
-    """{name, size, sha256}; advance is told the bytes read."""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    if size:
-        data = memoryview(map_file(path))
-        for start in range(0, size, HASH_PIECE):
-            piece = data[start:start + HASH_PIECE]
-            digest.update(piece)
-            advance(len(piece))
+def describe_file(path: Path, advance=lambda nbytes: None, mapped=None) -> dict:
+    """{name, size, sha256}; advance is told the bytes read; mapped: the file, where it is mapped already."""
+    digest, size = hashlib.sha256(), 0
+    for piece in _pieces_of_file(path) if mapped is None else _pieces_of(memoryview(mapped)):
+        digest.update(piece)
+        size += len(piece)
+        advance(len(piece))
     return {"name": path.name, "size": size, "sha256": digest.hexdigest()}
+
+
+def _pieces_of(data):
+    return (data[start:start + HASH_PIECE] for start in range(0, len(data), HASH_PIECE))
+
+
+def _pieces_of_file(path):
+    buffer = memoryview(bytearray(HASH_PIECE))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            yield buffer[:count]
 
 
 def digests_of_files(directory: Path) -> dict[str, str]:

@@ -37,7 +37,7 @@ from .tokenizer import export_tokenizer
 
 SHARD_BYTES = 4 << 30
 PIECE_BYTES = 2 << 20  # codes computed at a time
-PIECES_BEHIND = 32  # at most, computed and not yet written
+PIECES_BEHIND = 32  # at most, of each twin, computed and not yet written
 
 
 # ---- what is written -------------------------------------------------------------------------
@@ -508,7 +508,8 @@ def _describe_sources(checkpoint: Checkpoint, advance, stop: Event) -> list[dict
             raise InterruptedError
         advance(nbytes)
 
-    return [provenance.describe_file(path, step) for path in checkpoint.source_files]
+    return [provenance.describe_file(path, step, mapped)
+            for path, mapped in zip(checkpoint.source_files, checkpoint.file.maps)]
 
 
 def checked_options(group_size, scale, shard_bytes=SHARD_BYTES) -> Options:

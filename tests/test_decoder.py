@@ -1,7 +1,9 @@
 """The locked forward pass: one output, whatever the split, chunk, threads or instruction set."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -63,7 +65,7 @@ def test_replayed_tokens_equal_those_through_python(arithmetic, threads):
     model.replays = False
     again = model.new_state()
     assert equal(replayed, one_by_one(model, ids, again))
-    assert state.step is not None and again.step is None
+    assert state.one_token.tape is not None and again.one_token is None
 
 
 def test_states_take_turns_go_back_and_are_given_away(model):
@@ -75,7 +77,7 @@ def test_states_take_turns_go_back_and_are_given_away(model):
         for k in (0, 1):
             assert equal(model.forward(ids[k][i:i + 1], states[k]), want[k][i:i + 1])
     mark, snapshot = states[0].mark(), states[1].copy()
-    assert snapshot.step is None
+    assert snapshot.one_token is None
     one_by_one(model, ids[1][:5], states[0])
     states[0].rewind(mark)
     states[1].restore(states[0])  # and so continues the other sequence, on other arrays
@@ -125,11 +127,46 @@ def test_a_replay_that_fails_names_what_failed(model):
 
 
 def test_an_operation_that_cannot_be_replayed_is_refused(model):
+    x, tape = np.ones((1, 1, 4), np.float32), ops.Tape()
+    for operation in (lambda: ops.exp(model.pool, x), lambda: ops.silu_mul(model.pool, x, x),
+                      lambda: ops.attention(model.pool, x, x, x, 1.0)):
+        with pytest.raises(InputError, match="pe_[a-z_]+: cannot be replayed"):
+            with tape.recording(model.pool):
+                operation()
+        assert model.pool.tape is None
+
+
+def test_a_tape_holds_what_its_calls_point_to(model):
+    """Also what the caller made on the way and lets go of."""
+    x, alive = np.ones((1, 256), np.float32), []
+    linear = model.layers[0].mlp.gates.layers[0]
     tape = ops.Tape()
-    with pytest.raises(InputError, match="pe_exp: cannot be replayed"):
-        with tape.recording(model.pool):
-            x = np.ones(3, np.float32)
-            ops._run(model.pool, ops.lib.pe_exp, "exp", ops._in(x), 3, ops._out(x))
+    with tape.recording(model.pool):
+        y = ops.add(model.pool, x[:, :linear.matrix.cols].copy(), x[:, :linear.matrix.cols].copy())
+        activations = ops.Activations(model.pool, y)
+        alive += [weakref.ref(activations), weakref.ref(y.base if y.base is not None else y)]
+        del y
+        linear(activations)
+        del activations
+        gate = np.ones((1, 1, 8), np.float32)
+        alive.append(weakref.ref(gate))
+        ops.sigmoid_mul(model.pool, x[:, :4].reshape(1, 1, 4).copy(), gate)
+        del gate
+    gc.collect()
+    assert all(ref() is not None for ref in alive)
+    tape.replay(model.pool)
+    del tape
+    gc.collect()
+    assert all(ref() is None for ref in alive)
+
+
+@pytest.mark.parametrize("out", [np.empty((1, 1, 5), np.float32), np.empty((1, 1, 4), np.float64)])
+def test_an_array_to_write_to_must_fit(model, out):
+    x = np.ones((1, 1, 4), np.float32)
+    with pytest.raises(InputError, match="out: want float32"):
+        ops.attention(model.pool, x, x, x, 1.0, out)
+    with pytest.raises(InputError, match="out: want float32"):
+        ops.rope_table(0, 1, model.inv_freq, (out[0, :, :2], out[0, :, :2]))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1000])

@@ -93,9 +93,9 @@ def test_a_source_that_changes_while_it_is_quantized(tmp_path, monkeypatch):
     shutil.copy(PLAIN, tmp_path / "m.gguf")
     original = pyengine.quantize.provenance.describe_file
 
-    def changes(path, advance):
+    def changes(path, *arguments):
         os.utime(path, ns=(0, 0))
-        return original(path, advance)
+        return original(path, *arguments)
 
     monkeypatch.setattr(pyengine.quantize.provenance, "describe_file", changes)
     with pytest.raises(FileFormatError, match="m.gguf: file: want the bytes that were opened"):

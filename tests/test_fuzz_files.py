@@ -70,6 +70,25 @@ def test_what_happens_in_a_target_s_process_is_its_exit_code(work, code):
     assert fuzz_files.apart(work) == code
 
 
+def test_a_target_ends_with_its_parent(tmp_path):
+    command = [sys.executable, fuzz_files.__file__, "json", "--seconds", "60", "--findings", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        last = tmp_path / "json.last"
+        deadline = time.monotonic() + 30
+        while not last.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        process.communicate(timeout=20)  # the pipes are closed when the last process that has them is gone
+        assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_replay_wants_a_target(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fuzz_files.py", "--replay", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        fuzz_files.main()
+    assert stop.value.code == 2 and "--replay: want one TARGET" in capsys.readouterr().err
+
+
 def test_taken_apart_and_put_together_is_the_same():
     for name in READERS[:5]:
         target = fuzz_files.TARGETS[name]()

@@ -1,7 +1,9 @@
 """memory: the printed bounds against what a run really takes."""
 
+import gc
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -43,6 +45,27 @@ def test_growth_token_by_token_stays_below_the_bound():
         sizes = memory.footprint(model.checkpoint, position, 1, 1)
         assert state.nbytes <= (sizes["delta_net_states"] + sizes["key_value_cache"]
                                 + sizes["key_value_cache_growth"])
+
+
+@pytest.mark.parametrize("path", [*MODELS, GOLDEN.parent / "trained" / "bf16.gguf"], ids=lambda path: path.stem)
+def test_what_a_state_keeps_for_its_next_token(path):
+    model = pyengine.load(path, threads=1)
+    state = model.new_state()
+    for layer in state.layers:
+        if hasattr(layer, "reserve"):
+            layer.reserve(10)
+    model.forward([1], state)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for i in (2, 3, 4):
+            model.forward([i], state)
+        gc.collect()
+        took = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    bound = memory.one_token(model.config)
+    assert bound / 4 < took <= bound
 
 
 def test_experts_that_lie_apart_are_copied():

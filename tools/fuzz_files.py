@@ -673,6 +673,8 @@ def main():
         parser.error(f"want {', '.join(TARGETS)}, got {unknown.pop()}")
     warnings.simplefilter("error", RuntimeWarning)
     if options.replay:
+        if len(options.targets) != 1:
+            parser.error("--replay: want one TARGET")
         return TARGETS[options.targets[0]]().run(options.replay.read_bytes())
     codes = [apart(functools.partial(fuzz, name, options)) for name in options.targets or TARGETS]
     return 1 if any(codes) else 0
@@ -706,14 +708,17 @@ def apart(work):
     """Run in a process of its own -> its exit code.
 
     The targets put their input in place of pyengine's mapped file and limit their own memory, which
-    is nothing for the next one; and a process that dies has its temporary files removed.
+    is nothing for the next one; and a process that dies has its temporary files removed.  It does
+    not outlive this one, unless that is killed by SIGKILL.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         sys.stdout.flush()
         process = os.fork()
         if not process:
             code = 1
             try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 tempfile.tempdir = folder
                 code = work()
             except BaseException:
@@ -721,7 +726,12 @@ def apart(work):
             finally:
                 sys.stdout.flush()
                 os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        try:
+            return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        except BaseException:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Attention:
             cache.append(key, value)
             ops.attention(pool, query, cache.keys, cache.values, self.scale, heads, self.name)
 
-        ops.during(pool, attend)
+        ops.by_python(pool, attend)
         gated = ops.sigmoid_mul(pool, heads, query_gate).reshape(tokens, -1)
         y = self.o_proj(ops.Activations(pool, gated, f"{self.name} output"), record)
         if record:

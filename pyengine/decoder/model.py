@@ -54,18 +54,41 @@ class DecoderLayer:
         return hidden
 
 
-class Step:
-    """The pass of one token through a model on a state's layers, with the arrays it reads and writes."""
+class OneToken:
+    """The pass of one token through a model on a state's layers: recorded once, then replayed."""
 
-    def __init__(self, model: LockedModel, layers: list, embedding: np.ndarray):
-        self.model, self.layers, self.embedding = model, layers, embedding
-        self.rope_table = ops.rope_table(0, 1, model.inv_freq)
-        self.logits = None
-        self.tape = ops.Tape()
+    def __init__(self, model: LockedModel, layers: list):
+        self.model, self.layers = model, layers
+        self.tape = None  # what `record` fills
+        self.embedding = self.rope_table = self.logits = None
+
+    def belongs_to(self, model, layers) -> bool:
+        return self.model is model and self.layers is layers
+
+    def record(self, embedding, rope_table):
+        """Compute; -> logits [1, vocab]."""
+        tape, model = ops.Tape(), self.model
+        self.embedding, self.rope_table = embedding, rope_table
+        with tape.recording(model.pool):
+            hidden = model._through_layers(embedding, self.layers, rope_table, None)
+            self.logits = model._logits(hidden, None)
+        self.tape = tape
+        return self.logits
+
+    def replay(self, embedding, position: int):
+        """Compute on the recorded arrays; -> logits, which the next replay overwrites."""
+        self.embedding[:] = embedding
+        ops.rope_table(position, 1, self.model.inv_freq, self.rope_table)
+        self.tape.replay(self.model.pool)
+        return self.logits
 
 
 class LockedModel:
-    """`forward` and `new_state`, as every model of this package; `config`, `arithmetic`, `pool`."""
+    """`forward` and `new_state`, as every model of this package; `config`, `arithmetic`, `pool`.
+
+    replays: whether the calls of a single token are recorded and replayed, to the same bits; without
+    it every operation goes through Python, where it can be timed or watched.
+    """
 
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None, pin: bool = False,
                  chunk: int = DEFAULT_CHUNK, arithmetic: str = "locked"):
@@ -82,7 +105,7 @@ class LockedModel:
         self.lm_head = Linear(self.pool, tensors["lm_head.weight"])
         self.lm_head.name = "lm_head"  # a tied one is called model.embed_tokens in the file
         self.inv_freq = self.config.inv_freq()
-        self.replays = True  # False: every token through Python, to time or watch the operations
+        self.replays = True
 
     def new_state(self) -> State:
         return State(self.config, np.float32, self.cache_dtype)
@@ -120,36 +143,33 @@ class LockedModel:
         if record:
             record("model.embed_tokens", hidden)
         rope_table = ops.rope_table(state.position, len(ids), self.inv_freq)
-        hidden = self._through_layers(hidden, state, rope_table, record)
+        hidden = self._through_layers(hidden, state.layers, rope_table, record)
         state.position += len(ids)
         return hidden
 
-    def _through_layers(self, hidden, state, rope_table, record):
-        for layer, layer_state in zip(self.layers, state.layers):
+    def _through_layers(self, hidden, states, rope_table, record):
+        for layer, layer_state in zip(self.layers, states):
             hidden = layer.forward(hidden, layer_state, rope_table, record)
         return hidden
 
     def _next_token(self, ids, state):
-        """One id -> logits [1, vocab], which the next call overwrites; advances the state.
+        """One id -> logits [1, vocab], to be copied; advances the state.
 
-        The same operations as ever: recorded with a state's first single token, then replayed.
+        A state's first single token goes through Python, since many a fork has no other; the second is
+        recorded and the next ones replayed: the same operations on the same arrays.
         """
-        embedding = self.embed_tokens.stored_float32(rows=ids)
-        step = state.step
-        if step is not None and step.model is self and step.layers is state.layers:
-            step.embedding[:] = embedding
-            ops.rope_table(state.position, 1, self.inv_freq, step.rope_table)
-            step.tape.replay(self.pool)
+        embedding, one = self.embed_tokens.stored_float32(rows=ids), state.one_token
+        if one is not None and one.belongs_to(self, state.layers):
+            if one.tape is not None:
+                logits = one.replay(embedding, state.position)
+            else:
+                logits = one.record(embedding, ops.rope_table(state.position, 1, self.inv_freq))
         else:
-            state.step = None  # its arrays may go before the new ones come
-            step = Step(self, state.layers, embedding)
-            with step.tape.recording(self.pool):
-                ops.rope_table(state.position, 1, self.inv_freq, step.rope_table)
-                hidden = self._through_layers(embedding, state, step.rope_table, None)
-                step.logits = self._logits(hidden, None)
-            state.step = step
+            state.one_token = OneToken(self, state.layers)
+            rope_table = ops.rope_table(state.position, 1, self.inv_freq)
+            logits = self._logits(self._through_layers(embedding, state.layers, rope_table, None), None)
         state.position += 1
-        return step.logits
+        return logits
 
     def _logits(self, hidden, record):
         return self.lm_head(self.norm(hidden, record), record)

@@ -13,7 +13,8 @@ class DeltaNetState:
 
     conv_state       [taps - 1, conv_dim]  the convolution's last inputs, oldest first
     recurrent_state  [value heads, head_k_dim, head_v_dim]
-    Value heads and their channels are in the checkpoint's order.
+    Value heads and their channels are in the checkpoint's order.  The arrays are overwritten, never
+    replaced: recorded calls point to them.
     """
 
     def __init__(self, config: Config, dtype):
@@ -112,7 +113,8 @@ class State:
     """A sequence so far: `position` tokens of it, and each layer's memory.
 
     `copy()` is a snapshot: it shares nothing, and continuing from it gives the same bits as
-    computing the sequence anew.  A state belongs to the model that made it.
+    computing the sequence anew.  A state belongs to the model that made it, and once it has taken
+    single tokens it keeps that model in memory.
 
     `mark()` is a snapshot inside the state, and costs what the delta nets hold: keys and values
     stay where they are.  `rewind(mark)` goes back to it, also out of a forward pass that was
@@ -122,7 +124,7 @@ class State:
 
     def __init__(self, config: Config, dtype, cache_dtype=None):
         self.position = 0
-        self.step = None  # what a model keeps here to compute the next token faster
+        self.one_token = None  # what the model keeps here to compute the next token faster
         self.marks: list[Mark] = []
         self.layers = [DeltaNetState(config, dtype) if kind == LINEAR
                        else KeyValueCache(config, cache_dtype or dtype)
@@ -131,13 +133,13 @@ class State:
     def copy(self) -> State:
         """Without the marks."""
         twin = object.__new__(State)
-        twin.position, twin.marks, twin.step = self.position, [], None
+        twin.position, twin.marks, twin.one_token = self.position, [], None
         twin.layers = [layer.copy() for layer in self.layers]
         return twin
 
     def __getstate__(self):
         """For pickle and copy: all but what points into memory."""
-        return vars(self) | {"step": None}
+        return vars(self) | {"one_token": None}
 
     def restore(self, snapshot: State) -> None:
         """Become a copy of the snapshot."""

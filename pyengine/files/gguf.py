@@ -504,8 +504,8 @@ SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 class GGUF:
     """An open GGUF model: one file, or all splits of one.
 
-    path: Path as opened; paths: tuple of every split's Path; size: the sum of
-    their bytes. metadata, version and alignment are those of the first split.
+    path: Path as opened; paths: tuple of every split's Path; maps: the MappedFile
+    of each; size: the sum of their bytes. metadata, version and alignment are those of the first split.
     tensors: read-only mapping, name -> GGUFTensor, in file order. The mappings
     close when the last view of them is gone.
     """
@@ -523,12 +523,12 @@ class GGUF:
         self.paths = tuple(header.path for header in headers)
         self.size = sum(header.size for header in headers)
         self.tensors = MappingProxyType(_merge_tensors(headers))
-        self._buffers = [header.buffer for header in headers]
+        self.maps = tuple(header.buffer for header in headers)
 
     def check_unchanged(self):
         """FileFormatError if a file is no longer what was opened: see `MappedFile`."""
-        for buffer in self._buffers:
-            buffer.check_unchanged()
+        for mapped in self.maps:
+            mapped.check_unchanged()
 
 
 def _open_other_splits(first):

@@ -19,7 +19,9 @@ class OutputFile:
 
     def __init__(self, path, expected: int):
         size = min(BUFFER_BYTES, -(-max(expected, 1) // BLOCK) * BLOCK)
-        self._buffer, self._filled = memoryview(mmap.mmap(-1, size)), 0  # its memory begins with a page
+        # Memory of its own that begins with a page.
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._buffer, self._filled = memoryview(pages), 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
         self._direct = expected >= DIRECT_BYTES and hasattr(os, "O_DIRECT")
         try:
@@ -43,16 +45,19 @@ class OutputFile:
             self._filled += len(part)
             data = data[len(part):]
             if self._filled == len(self._buffer):
-                self._drain()
+                self._write_all(self._buffer)
+                self._filled = 0
 
     def close(self) -> None:
         """Write what is left and wait for the disk."""
         if self.closed:
             return
         try:
-            if self._filled % BLOCK:
-                self._be_ordinary()  # once, for the last block
-            self._drain()
+            whole = self._filled // BLOCK * BLOCK
+            self._write_all(self._buffer[:whole])
+            if whole < self._filled:
+                self._be_ordinary()
+                self._write_all(self._buffer[whole:self._filled])
             os.fsync(self._descriptor)
         finally:
             self.discard()
@@ -63,8 +68,7 @@ class OutputFile:
             descriptor, self._descriptor = self._descriptor, None
             os.close(descriptor)
 
-    def _drain(self) -> None:
-        left = self._buffer[:self._filled]
+    def _write_all(self, left) -> None:
         while len(left):
             try:
                 count = os.write(self._descriptor, left)
@@ -76,7 +80,6 @@ class OutputFile:
             left = left[count:]
             if count % BLOCK:  # what the disk took before it was full: the next place is no block's
                 self._be_ordinary()
-        self._filled = 0
 
     def _be_ordinary(self) -> None:
         if self._direct:

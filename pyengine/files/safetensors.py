@@ -87,11 +87,11 @@ class SafetensorsFile:
         }
         _check_tiling(path, tensors.values(), data_start, self.size)
         self.tensors = MappingProxyType(tensors)
-        self._buffer = buffer
+        self.mapped = buffer
 
     def check_unchanged(self):
         """FileFormatError if the file is no longer what was opened: see `MappedFile`."""
-        self._buffer.check_unchanged()
+        self.mapped.check_unchanged()
 
 
 def _read_header(path, buffer):
@@ -173,7 +173,8 @@ class SafetensorsDirectory:
     """All tensors of a checkpoint's directory.
 
     tensors: read-only mapping, name -> TensorView, in the order of the index;
-    files: tuple of SafetensorsFile; path; size: the sum of the files' bytes.
+    files: tuple of SafetensorsFile; maps: the MappedFile of each; path; size: the sum of the files'
+    bytes.
     """
 
     @classmethod
@@ -193,6 +194,7 @@ class SafetensorsDirectory:
             problem = f"want {INDEX_NAME} or {SINGLE_NAME}, got neither"
             raise FileFormatError(path, "directory", problem)
         self.files = tuple(files)
+        self.maps = tuple(file.mapped for file in self.files)
         self.size = sum(file.size for file in files)
         self.tensors = MappingProxyType(dict(tensors))
 

@@ -98,7 +98,7 @@ class Budget:
             raise FileFormatError(path, "budget", problem) from None
 
     def check(self, candidate: Trace, model: ReferenceModel | None = None) -> None:
-        """InputError unless it was made for these ids, these tensors and this model."""
+        """InputError unless it was made for these ids, these tensors and, where it is given, this model."""
         if model is not None and self.model_sha256 != model.checkpoint.fingerprint():
             raise InputError("budget: want one for this model, got one for another")
         if self.ids_sha256 != digest_of_ids(candidate.ids):
