@@ -11,11 +11,11 @@ accepted loaded and run: what reaches C; tools/check_sanitizers.sh runs it on a 
 
 Every input starts as a file of tests/fuzz_corpus, is taken apart into the fields of its format
 (lengths, counts, types, names, JSON's tokens), some of which are changed, and is put together again.
-An input fails when it takes more than a second of processor time, raises anything but pyengine's own
-errors and OSError (a RuntimeWarning counts: it would be a second line for the user), or takes more
-memory than 64 times its size and 1 MB: a limit of the address space holds for every input, the exact
-peak is taken of one in 256.  It is then written to --findings, and the exit code is 1.  The input
-being tried lies in --findings/TARGET.last, should the process die.
+An input fails when it takes more than a second of processor time (a template: ten), raises anything
+but pyengine's own errors and OSError (a RuntimeWarning counts: it would be a second line for the
+user), or takes more memory than 64 times its size and 1 MB: a limit of the address space holds for
+every input, the exact peak is taken of one in 256.  It is then written to --findings, and the exit
+code is 1.  The input being tried lies in --findings/TARGET.last, should the process die.
 
 --coverage needs the extra `fuzz`.  Inputs that reached new code are added to --keep DIR, if given.
 """
@@ -44,9 +44,7 @@ from pathlib import Path
 SEED = 1729
 CORPUS = Path(__file__).parent.parent / "tests" / "fuzz_corpus"
 MAX_INPUT = 1 << 20
-MAX_SECONDS = 1.0
 MEMORY_FACTOR, MEMORY_FREE = 64, 1 << 20
-ADDRESS_SPACE = 2 << 30  # more than at the start
 SAMPLE = 256
 
 INTEGERS = sorted({0, 1, 2, 3, 4, 5, 7, 8, 12, 13, 16, 31, 32, 33, 64, 65, 127, 128, 255, 256, 1000, 65535,
@@ -265,7 +263,9 @@ class Target:
 
     fields, join = staticmethod(json_fields), staticmethod(joined)
     folder: str
+    seconds = 1.0  # of processor time
     memory = MEMORY_FACTOR, MEMORY_FREE  # bytes for each of the input's, and for none
+    address_space = 2 << 30  # more than at the start
 
     def __init__(self):
         self.seeds = [path.read_bytes() for path in sorted((CORPUS / self.folder).iterdir())]
@@ -462,8 +462,10 @@ class Template(Target):
     """
 
     folder, fields = "template", staticmethod(script_fields)
+    seconds = 10.0  # the parent's limit; what runs on in Python is stopped by the timer
     memory = 64, 1 << 30  # bounded by the address space, as by the parent
-    seconds = 0.3
+    address_space = 1 << 30
+    timer = 0.3
     VARIABLES = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
                  "tools": None, "add_generation_prompt": True, "enable_thinking": True}
 
@@ -481,7 +483,7 @@ class Template(Target):
         sys.addaudithook(self._audit)
 
     def run(self, data):
-        signal.setitimer(signal.ITIMER_VIRTUAL, self.seconds)
+        signal.setitimer(signal.ITIMER_VIRTUAL, self.timer)
         try:
             self._one(data)
         except TimeUp:
@@ -585,7 +587,7 @@ class Watch:
                 self.found(data, f"{peak} bytes for {len(data)}")
         else:
             self.slowest = max(self.slowest, seconds)
-        if seconds > MAX_SECONDS:
+        if seconds > self.target.seconds:
             self.found(data, f"{seconds:.1f} s")
 
     def found(self, data, what):
@@ -649,10 +651,10 @@ def run_coverage(watch, target, runs, seconds, seed, keep) -> None:
     atheris.Fuzz()
 
 
-def limit_memory():
+def limit_memory(more):
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
-    limit = pages * resource.getpagesize() + ADDRESS_SPACE
+    limit = pages * resource.getpagesize() + more
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
@@ -697,7 +699,7 @@ def fuzz(name, options):
     runs = options.runs or sys.maxsize
     seconds = options.seconds or (float("inf") if options.runs else 10)
     if "PYENGINE_SANITIZED_BUILD" not in os.environ:  # whose shadow is terabytes of addresses
-        limit_memory()
+        limit_memory(target.address_space)
     if options.coverage:
         run_coverage(watch, target, runs, seconds, options.seed, options.keep)
     print(watch.report(run_mutator(watch, target, runs, seconds, options.seed)))
