@@ -1,7 +1,7 @@
 /* pool.c - threads that spin for a moment, then sleep; see pe_pool_run in kernels.h.
  *
- * Parts are claimed from a counter, so that a thread which the system takes away does not hold up
- * the others.  Who computes a part has no influence on it: parts are whole output elements.
+ * Parts are claimed from a counter, large ones first, so that a thread which the system takes away or
+ * slows down does not hold up the others for long.  Who computes a part has no influence on it: parts are whole output elements.
  */
 #define _GNU_SOURCE
 #include "kernels.h"
@@ -17,7 +17,7 @@
 #endif
 
 #define SPINS 4000
-#define PARTS_PER_THREAD 4
+#define SHARES 2 /* a part is what is left, divided by so many for each thread */
 #define MAX_THREADS 1024
 
 struct pe_pool {
@@ -30,7 +30,7 @@ struct pe_pool {
 
     pe_task *task;
     void *arg;
-    int64_t items, part;
+    int64_t items, grain;
     atomic_int_fast64_t next;
     atomic_int_fast32_t status;
     atomic_int_fast32_t working; /* helpers that have not finished the current job */
@@ -94,14 +94,26 @@ static void raise_status(pe_pool *pool, int32_t status)
         ;
 }
 
+/* Claims [*begin, *end); 0 when nothing is left. */
+static int claim(pe_pool *pool, int64_t *begin, int64_t *end)
+{
+    int_fast64_t next = atomic_load(&pool->next), part;
+    do {
+        if (next >= pool->items)
+            return 0;
+        part = (pool->items - next) / (pool->n * SHARES) / pool->grain * pool->grain;
+        part = part > pool->grain ? part : pool->grain;
+    } while (!atomic_compare_exchange_weak(&pool->next, &next, next + part));
+    *begin = next;
+    *end = pe_min(next + part, pool->items);
+    return 1;
+}
+
 static void work(pe_pool *pool)
 {
     fp_state old = fp_enter();
-    for (;;) {
-        int64_t begin = atomic_fetch_add(&pool->next, pool->part);
-        if (begin >= pool->items)
-            break;
-        int32_t status = pool->task(pool->arg, begin, pe_min(begin + pool->part, pool->items));
+    for (int64_t begin, end; claim(pool, &begin, &end);) {
+        int32_t status = pool->task(pool->arg, begin, end);
         if (status)
             raise_status(pool, status);
     }
@@ -160,8 +172,7 @@ int32_t pe_pool_run(pe_pool *pool, pe_task *task, void *arg, int64_t items, int6
         return PE_OK;
     if (pool->n == 1 || items <= grain || pool->owner != getpid())
         return pe_run_alone(task, arg, items);
-    int64_t part = items / (pool->n * PARTS_PER_THREAD) / grain * grain;
-    pool->part = part > grain ? part : grain;
+    pool->grain = grain;
     pool->task = task;
     pool->arg = arg;
     pool->items = items;
