@@ -71,6 +71,17 @@ def test_written_to_while_mapped(loaded):
                             "written to since")
 
 
+def test_a_kernel_without_large_pages(loaded, monkeypatch):
+    from pyengine.files.mapped import MappedFile
+
+    def refuse(self, advice):
+        raise OSError(22, "Invalid argument")
+
+    path, model = loaded
+    monkeypatch.setattr(MappedFile, "madvise", refuse)
+    assert np.array_equal(pyengine.load(path, model.arithmetic).forward([1, 2]), model.forward([1, 2]))
+
+
 def test_removed_or_replaced_while_mapped_is_no_fault(loaded):
     path, model = loaded
     want = model.forward([1, 2, 3])
