@@ -9,6 +9,7 @@ Lines of JSON: the template comes first, as a string; then each request is a lis
 variables of one rendering each, and each answer {"texts": [...]} or {"error": kind, "message": ...}.
 """
 
+import functools
 import json
 import signal
 import sys
@@ -22,6 +23,7 @@ class Refused(Exception):
     """What a template says with `raise_exception`."""
 
 
+@functools.cache
 def environment():
     """jinja2's, with what Hugging Face's `apply_chat_template` gives to templates."""
     import jinja2

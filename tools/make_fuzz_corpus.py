@@ -158,7 +158,7 @@ def main():
         (CORPUS / "json" / f"{name}.json").write_text(json.dumps(value))
     np.save(CORPUS / "ids" / "i8.npy", np.array([1, 2, 3]))
     np.save(CORPUS / "ids" / "u2.npy", np.array([4, 5], ">u2"))
-    # template/tools and template/escapes were written by hand.
+    # The other templates were written by hand; the small ones are tried often.
     (CORPUS / "template" / "golden").write_text(small_tokenizer()["chat_template"])
     size = sum(p.stat().st_size for p in CORPUS.rglob("*") if p.is_file())
     print(f"{CORPUS}: {size:,} bytes")
