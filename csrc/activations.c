@@ -314,19 +314,6 @@ int32_t pe_softplus(pe_pool *pool, const float *x, int64_t n, float *y)
 
 #define PIECE 256
 
-static int32_t silu_mul_range(void *arg, int64_t begin, int64_t end)
-{
-    const each_args *e = arg;
-    float gate[PIECE];
-    for (int64_t i = begin; i < end; i += PIECE) {
-        int64_t n = pe_min(PIECE, end - i);
-        pe_active.silu(e->x + i, n, gate);
-        for (int64_t j = 0; j < n; j++)
-            e->y[i + j] = gate[j] * e->other[i + j];
-    }
-    return PE_OK;
-}
-
 static int32_t add_range(void *arg, int64_t begin, int64_t end)
 {
     const each_args *e = arg;
@@ -341,6 +328,19 @@ int32_t pe_add(pe_pool *pool, const float *a, const float *b, int64_t n, float *
         return PE_ERROR_ARGUMENT;
     each_args e = {.x = a, .other = b, .y = y};
     return pe_pool_run(pool, add_range, &e, n, 1 << 14);
+}
+
+static int32_t silu_mul_range(void *arg, int64_t begin, int64_t end)
+{
+    const each_args *e = arg;
+    float gate[PIECE];
+    for (int64_t i = begin; i < end; i += PIECE) {
+        int64_t n = pe_min(PIECE, end - i);
+        pe_active.silu(e->x + i, n, gate);
+        for (int64_t j = 0; j < n; j++)
+            e->y[i + j] = gate[j] * e->other[i + j];
+    }
+    return PE_OK;
 }
 
 int32_t pe_silu_mul(pe_pool *pool, const float *gate, const float *up, int64_t n, float *y)

@@ -175,7 +175,7 @@ static inline int pe_all_finite(const float *x, int64_t n)
 {
     uint32_t bad = 0;
     for (int64_t i = 0; i < n; i++)
-        bad |= (pe_float_to_bits(x[i]) & 0x7f800000u) == 0x7f800000u;
+        bad |= (pe_float_to_bits(x[i]) & PE_INFINITY_BITS) == PE_INFINITY_BITS;
     return !bad;
 }
 

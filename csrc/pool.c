@@ -1,7 +1,8 @@
 /* pool.c - threads that spin for a moment, then sleep; see pe_pool_run in kernels.h.
  *
  * Parts are claimed from a counter, large ones first, so that a thread which the system takes away or
- * slows down does not hold up the others for long.  Who computes a part has no influence on it: parts are whole output elements.
+ * slows down does not hold up the others for long.  Who computes a part has no influence on it: parts
+ * are whole output elements.
  */
 #define _GNU_SOURCE
 #include "kernels.h"

@@ -145,6 +145,7 @@ class Checkpoint:
         head = np.arange(heads, dtype=np.int32)
         return head % keys if self.value_head_order == "tiled" else head // (heads // keys)
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the configuration and of every parameter's name, type, shape and first row (of a
         stack, the first expert's): it tells one model from another and reads little; that two are equal

@@ -261,4 +261,5 @@ def test_profile_ops(tools, capsys):
     assert {"pe_experts", "pe_matmul_each", "pe_delta_rule"} <= set(parts)
     assert 0 < sum(parts.values()) < seconds
     profile_ops.report("all", seconds, parts, 2)
+    assert model.replays and profile_ops.replayed(model, [1], [[2], [3], [4], [5]]) > 0
     assert "(Python)" in capsys.readouterr().out

@@ -210,17 +210,17 @@ def test_nonfinite_scale_of_an_int8_checkpoint_is_named(tmp_path):
 def test_fingerprints_tell_models_apart(tmp_path):
     """Also the twins of one model, and one whose only change is in a row that is first."""
     names = ["pattern31", "nextn", "fused", "tied", "bfloat16"]
-    prints = {name: open_checkpoint(GOLDEN / f"{name}.gguf").fingerprint() for name in names}
-    assert prints["tied"] == open_checkpoint(GOLDEN / "tied.gguf").fingerprint()
+    prints = {name: open_checkpoint(GOLDEN / f"{name}.gguf").fingerprint for name in names}
+    assert prints["tied"] == open_checkpoint(GOLDEN / "tied.gguf").fingerprint
     quantize(GOLDEN / "tied.gguf", tmp_path / "int8", tmp_path / "int4")
     for name in ("int8", "int4"):
-        prints[name] = open_checkpoint(tmp_path / name).fingerprint()
+        prints[name] = open_checkpoint(tmp_path / name).fingerprint
     data = bytearray((GOLDEN / "tied.gguf").read_bytes())
     tensor = open_checkpoint(GOLDEN / "tied.gguf").tensors["model.layers.1.mlp.experts.down_proj"]
     start = bytes(data).find(tensor.data[0, 0].tobytes())
     data[start + 2] ^= 1
     (tmp_path / "changed.gguf").write_bytes(data)
-    prints["changed"] = open_checkpoint(tmp_path / "changed.gguf").fingerprint()
+    prints["changed"] = open_checkpoint(tmp_path / "changed.gguf").fingerprint
     assert len(set(prints.values())) == len(prints)
 
 

@@ -961,52 +961,31 @@ class TestElementwise:
         assert getattr(lib, f"pe_{name}")(POOLS[1], ffi.NULL, -1, ffi.NULL) == ARGUMENT
 
 
-class TestSiluMul:
+@pytest.mark.parametrize("name, lengths", [("silu_mul", (511, 512, 513, 1025, 3001)),
+                                           ("add", (1025, 16384, 50001))])
+class TestOfTwoArrays:
+    """y may be either of them."""
+
     @staticmethod
-    def run(gate, up, alias=None):
+    def run(name, first, second, alias):
         def run(pool, memory):
-            arrays = {"gate": gate, "up": up}
-            placed = {k: memory.in_out(v) if k == alias else memory.input(v)
-                      for k, v in arrays.items()}
-            y = placed[alias] if alias else memory.output(gate.shape)
-            succeed(lib.pe_silu_mul(pool, *floats(placed["gate"], placed["up"]), gate.size, pointer(y)))
+            placed = [memory.in_out(x) if i == alias else memory.input(x)
+                      for i, x in enumerate((first, second))]
+            y = memory.output(first.shape) if alias is None else placed[alias]
+            succeed(getattr(lib, f"pe_{name}")(pool, *floats(*placed), first.size, pointer(y)))
             return y
 
         return run
 
-    @pytest.mark.parametrize("alias", [None, "gate", "up"])
-    def test_every_length(self, alias):
-        for n in [0, *TAILS, 511, 512, 513, 1025, 3001]:
+    @pytest.mark.parametrize("alias", [None, 0, 1])
+    def test_every_length(self, name, lengths, alias):
+        for n in [0, *TAILS, *lengths]:
             rng = rng_of(n, 2)
-            gate, up = interesting(rng, n), wide(rng, n)
-            check(self.run(gate, up, alias), locked.silu_mul(gate, up))
+            first, second = interesting(rng, n), wide(rng, n)
+            check(self.run(name, first, second, alias), getattr(locked, name)(first, second))
 
-    def test_negative_length(self):
-        assert lib.pe_silu_mul(POOLS[1], ffi.NULL, ffi.NULL, -1, ffi.NULL) == ARGUMENT
-
-
-class TestAdd:
-    @staticmethod
-    def run(a, b, alias):
-        def run(pool, memory):
-            first, second = (memory.in_out(x) if alias == name else memory.input(x)
-                             for name, x in (("a", a), ("b", b)))
-            y = {"a": first, "b": second}.get(alias)
-            y = memory.output(a.shape) if y is None else y
-            succeed(lib.pe_add(pool, *floats(first, second), len(a), pointer(y)))
-            return y
-
-        return run
-
-    @pytest.mark.parametrize("alias", [None, "a", "b"])
-    def test_every_length(self, alias):
-        for n in [0, *TAILS, 1025, 16384, 50001]:
-            rng = rng_of(n, 2)
-            a, b = interesting(rng, n), wide(rng, n)
-            check(self.run(a, b, alias), locked.add(a, b))
-
-    def test_negative_length(self):
-        assert lib.pe_add(POOLS[1], ffi.NULL, ffi.NULL, -1, ffi.NULL) == ARGUMENT
+    def test_negative_length(self, name, lengths):
+        assert getattr(lib, f"pe_{name}")(POOLS[1], ffi.NULL, ffi.NULL, -1, ffi.NULL) == ARGUMENT
 
 
 class TestReplay:

@@ -26,8 +26,8 @@ class DecoderLayer:
 
     def __init__(self, pool: ops.Pool, checkpoint: Checkpoint, index: int):
         config, tensors = checkpoint.config, checkpoint.tensors
-        self.pool, self.name = pool, f"model.layers.{index}"
-        name = self.name
+        self.pool = pool
+        self.name = name = f"model.layers.{index}"
         self.linear = config.layer_types[index] == LINEAR
         eps = config.rms_norm_eps
         self.input_layernorm = Norm(pool, tensors[f"{name}.input_layernorm.weight"], eps)
@@ -59,27 +59,24 @@ class OneToken:
 
     def __init__(self, model: LockedModel, layers: list):
         self.model, self.layers = model, layers
-        self.tape = None  # what `record` fills
-        self.embedding = self.rope_table = self.logits = None
+        self.tape = self.embedding = self.rope_table = self.logits = None
 
     def belongs_to(self, model, layers) -> bool:
         return self.model is model and self.layers is layers
 
-    def record(self, embedding, rope_table):
-        """Compute; -> logits [1, vocab]."""
-        tape, model = ops.Tape(), self.model
-        self.embedding, self.rope_table = embedding, rope_table
-        with tape.recording(model.pool):
-            hidden = model._through_layers(embedding, self.layers, rope_table, None)
-            self.logits = model._logits(hidden, None)
-        self.tape = tape
-        return self.logits
-
-    def replay(self, embedding, position: int):
-        """Compute on the recorded arrays; -> logits, which the next replay overwrites."""
-        self.embedding[:] = embedding
-        ops.rope_table(position, 1, self.model.inv_freq, self.rope_table)
-        self.tape.replay(self.model.pool)
+    def forward(self, embedding, position: int):
+        """embedding [1, hidden] -> logits [1, vocab], which the next call overwrites."""
+        model = self.model
+        self.rope_table = ops.rope_table(position, 1, model.inv_freq, self.rope_table)
+        if self.tape is None:
+            self.embedding, tape = embedding, ops.Tape()
+            with tape.recording(model.pool):
+                hidden = model._through_layers(embedding, self.layers, self.rope_table, None)
+                self.logits = model._logits(hidden, None)
+            self.tape = tape
+        else:
+            self.embedding[:] = embedding
+            self.tape.replay(model.pool)
         return self.logits
 
 
@@ -158,16 +155,11 @@ class LockedModel:
         A state's first single token goes through Python, since many a fork has no other; the second is
         recorded and the next ones replayed: the same operations on the same arrays.
         """
-        embedding, one = self.embed_tokens.stored_float32(rows=ids), state.one_token
-        if one is not None and one.belongs_to(self, state.layers):
-            if one.tape is not None:
-                logits = one.replay(embedding, state.position)
-            else:
-                logits = one.record(embedding, ops.rope_table(state.position, 1, self.inv_freq))
-        else:
+        one = state.one_token
+        if one is None or not one.belongs_to(self, state.layers):
             state.one_token = OneToken(self, state.layers)
-            rope_table = ops.rope_table(state.position, 1, self.inv_freq)
-            logits = self._logits(self._through_layers(embedding, state.layers, rope_table, None), None)
+            return self._logits(self._hidden(ids, state, None), None)
+        logits = one.forward(self.embed_tokens.stored_float32(rows=ids), state.position)
         state.position += 1
         return logits
 

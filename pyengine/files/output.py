@@ -22,7 +22,7 @@ class OutputFile:
         # Memory of its own that begins with a page.
         pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._buffer, self._filled = memoryview(pages), 0
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         self._direct = expected >= DIRECT_BYTES and hasattr(os, "O_DIRECT")
         try:
             self._descriptor = os.open(path, flags | (os.O_DIRECT if self._direct else 0), 0o666)

@@ -298,8 +298,10 @@ class SafetensorsWriter:
 
     def abort(self):
         """Remove the partial file; nothing to do after `close`."""
-        self._file.discard()
-        self.partial.unlink(missing_ok=True)
+        try:
+            self._file.discard()
+        finally:  # closing may fail as writing did
+            self.partial.unlink(missing_ok=True)
 
     def __enter__(self):
         return self

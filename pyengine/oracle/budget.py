@@ -99,7 +99,7 @@ class Budget:
 
     def check(self, candidate: Trace, model: ReferenceModel | None = None) -> None:
         """InputError unless it was made for these ids, these tensors and, where it is given, this model."""
-        if model is not None and self.model_sha256 != model.checkpoint.fingerprint():
+        if model is not None and self.model_sha256 != model.checkpoint.fingerprint:
             raise InputError("budget: want one for this model, got one for another")
         if self.ids_sha256 != digest_of_ids(candidate.ids):
             raise InputError("budget: want one for the candidate's ids, got one for others")
@@ -150,7 +150,7 @@ def measure(model: ReferenceModel, ids, dtype: str, names=None, factor: float = 
             _widen(own, _own_pairs(model, run))
             bar.update()
     least = _one_rounding(truth, DTYPES[dtype][2])
-    return Budget(dtype, factor, orders, digest_of_ids(ids), model.checkpoint.fingerprint(),
+    return Budget(dtype, factor, orders, digest_of_ids(ids), model.checkpoint.fingerprint,
                   _times(total, factor, least), _times(own, factor, least), tuple(recorded))
 
 
