@@ -1,22 +1,20 @@
 /* activations.c - exp, sigmoid, silu, softplus: the float32 nearest to the exact value.
  *
- * Each is first computed in float64 with a relative error below 2^-51.  If 2^-50 either way would
- * round to the same float32, that is the answer; about one argument in 2^24 is too near a rounding
- * boundary for that (half of them where silu is subnormal), and is computed again in double-double
- * (about 100 bits).  No C library's exp or log is called: those differ from one to the next.
+ * Each is first computed in float64 with a relative error below 2^-51.  If the value plus and minus
+ * 2^-50 of it rounds to one float32, that float32 is the result.  About one argument in 2^24 (half
+ * of all arguments where silu is subnormal) is too near a rounding boundary and is computed again
+ * in double-double (about 100 bits).  exp and log of the C library are not called: C libraries
+ * differ.
  *
- * tools/exhaustive_math.py checks all 2^32 arguments of each function on every instruction set.
+ * tools/check/exhaustive_math.py checks all 2^32 arguments of each function on every level.
  */
+#include "exp_steps.h"
 #include "kernels.h"
 
 #include <math.h>
 
-#define LOG2_E 0x1.71547652b82fep+0
-#define LN2_HI 0x1.62e42feep-1 /* 32 bits: times |k| < 2^21 it is exact */
-#define LN2_MID 0x1.a39ef356p-33
+#define LN2_MID 0x1.a39ef356p-33 /* LN2_REST in two parts, for double-double */
 #define LN2_LO 0x1.93c7673007e5fp-65
-#define LN2_REST 0x1.a39ef35793c76p-33 /* LN2_MID + LN2_LO */
-#define ROUND_TO_INTEGER 0x1.8p52
 
 static double pow2(int64_t k)
 {
@@ -35,13 +33,9 @@ static double exp_fast(double x)
 {
     double k = nearest_integer(x * LOG2_E);
     double r = (x - k * LN2_HI) - k * LN2_REST;
-    double p = 1.0 / 6227020800.0;
-    static const double inverse_factorial[] = {
-        1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
-        1.0 / 5040.0,      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,     1.0 / 6.0,
-        0.5,
-    };
-    for (int i = 0; i < 11; i++)
+    double p = INVERSE_FACTORIAL_13;
+    static const double inverse_factorial[] = INVERSE_FACTORIALS;
+    for (int i = 0; i < N_INVERSE_FACTORIALS; i++)
         p = p * r + inverse_factorial[i];
     return (1.0 + (r + r * r * p)) * pow2((int64_t)k);
 }
@@ -86,7 +80,7 @@ static dd two_sum(double a, double b)
     return (dd){s, (a - (s - t)) + (b - t)};
 }
 
-/* Dekker's product: exact without a fused multiply-add, which not every level has. */
+/* Dekker's product: exact without a fused multiply-add, which some levels do not have. */
 static dd two_product(double a, double b)
 {
     double p = a * b;
@@ -133,7 +127,7 @@ static dd dd_exp(dd x)
     return (dd){s.hi * scale, s.lo * scale};
 }
 
-/* log(1 + e): a Newton step from float64, or the series where 1 + e holds too little of e. */
+/* log(1 + e): a Newton step from float64, or the series where 1 + e would lose most bits of e. */
 static dd dd_log1p(dd e)
 {
     if (e.hi < 0x1p-40) {
@@ -146,8 +140,8 @@ static dd dd_log1p(dd e)
     return dd_add(y, dd_add(ratio, (dd){-1.0, 0.0}));
 }
 
-/* One rounding: hi is first made odd in its last bit if lo says that it is not exact, so that the
- * conversion sees on which side of a boundary the value lies. */
+/* One rounding.  If lo is not zero, the last bit of hi is made odd first, so that the conversion
+ * rounds to the correct side of a boundary. */
 static float dd_round(dd v)
 {
     uint64_t bits;
@@ -163,7 +157,7 @@ static float dd_round(dd v)
 
 /* ---- one value ------------------------------------------------------------------------------- */
 
-/* Whether v, right to 2^-50, can round to one float32 only. */
+/* Whether v, with a relative error of 2^-50, can round to one float32 only. */
 static int settled(double v)
 {
     return (float)(v * (1.0 - 0x1p-50)) == (float)(v * (1.0 + 0x1p-50));
@@ -180,10 +174,7 @@ float pe_exp_exact(float x)
     return dd_round(dd_exp((dd){c, 0.0}));
 }
 
-static dd one_plus_exp_neg(double x)
-{
-    return dd_add((dd){1.0, 0.0}, dd_exp((dd){-x, 0.0}));
-}
+static dd one_plus_exp_neg(double x) { return dd_add((dd){1.0, 0.0}, dd_exp((dd){-x, 0.0})); }
 
 float pe_sigmoid_exact(float x)
 {

@@ -1,16 +1,14 @@
 /* activations_x86.h - exp, sigmoid and silu, eight at a time in float64: the steps of activations.c
- * lane by lane, so that the same lanes are undecided.  Those, about one in 2^24, go one by one to
- * the exact scalar function.
+ * lane by lane, so that the same lanes are undecided.  The undecided lanes, about one in 2^24, are
+ * computed one by one by the exact scalar function.
  */
+#ifndef PYENGINE_ACTIVATIONS_X86_H
+#define PYENGINE_ACTIVATIONS_X86_H
+
+#include "exp_steps.h"
 #include "simd_x86.h"
 
 #include <math.h>
-
-/* See activations.c. */
-#define LOG2_E 0x1.71547652b82fep+0
-#define LN2_HI 0x1.62e42feep-1
-#define LN2_REST 0x1.a39ef35793c76p-33
-#define ROUND_TO_INTEGER 0x1.8p52
 
 PE_INLINE f64x8 clamp8(f64x8 x, double low, double high)
 {
@@ -19,18 +17,14 @@ PE_INLINE f64x8 clamp8(f64x8 x, double low, double high)
 
 PE_INLINE f64x8 exp_fast8(f64x8 x)
 {
-    static const double inverse_factorial[] = {
-        1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
-        1.0 / 5040.0,      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,     1.0 / 6.0,
-        0.5,
-    };
+    static const double inverse_factorial[] = INVERSE_FACTORIALS;
     const f64x8 one = f64x8_all(1.0), round = f64x8_all(ROUND_TO_INTEGER);
     f64x8 rounded = f64x8_add(f64x8_mul(x, f64x8_all(LOG2_E)), round); /* its low bits are k */
     f64x8 k = f64x8_sub(rounded, round);
     f64x8 r = f64x8_sub(x, f64x8_mul(k, f64x8_all(LN2_HI)));
     r = f64x8_sub(r, f64x8_mul(k, f64x8_all(LN2_REST)));
-    f64x8 p = f64x8_all(1.0 / 6227020800.0);
-    for (int i = 0; i < 11; i++)
+    f64x8 p = f64x8_all(INVERSE_FACTORIAL_13);
+    for (int i = 0; i < N_INVERSE_FACTORIALS; i++)
         p = f64x8_add(f64x8_mul(p, r), f64x8_all(inverse_factorial[i]));
     f64x8 tail = f64x8_add(r, f64x8_mul(f64x8_mul(r, r), p));
     return f64x8_mul(f64x8_add(one, tail), f64x8_pow2(rounded));
@@ -55,7 +49,8 @@ __attribute__((noinline, cold)) static __m256 exact_lanes(__m256 x, __m256 y, un
     return _mm256_loadu_ps(out);
 }
 
-/* v, right to 2^-50, rounded to float32; x where x is NaN; exact(x) where v leaves it undecided. */
+/* v rounded to float32; x where x is NaN; exact(x) where the error of v (2^-50) leaves it
+ * undecided. */
 PE_INLINE __m256 settle8(__m256 x, f64x8 v, float (*exact)(float))
 {
     __m256 below = f64x8_narrow(f64x8_mul(v, f64x8_all(1.0 - 0x1p-50)));
@@ -99,3 +94,12 @@ PE_INLINE void each8(__m256 (*function)(__m256), const float *x, int64_t n, floa
 static void exp_each(const float *x, int64_t n, float *y) { each8(exp8, x, n, y); }
 static void sigmoid_each(const float *x, int64_t n, float *y) { each8(sigmoid8, x, n, y); }
 static void silu_each(const float *x, int64_t n, float *y) { each8(silu8, x, n, y); }
+
+PE_INLINE void fill_activations(pe_kernels *k)
+{
+    k->exp = exp_each;
+    k->sigmoid = sigmoid_each;
+    k->silu = silu_each;
+}
+
+#endif

@@ -1,9 +1,10 @@
 """How the C core is built: cffi in API mode, out of line.
 
-The scalar files and the dispatcher make up the extension module `pyengine._core`.  Each instruction
-set is a static library of its own, compiled with its own flags, so that no instruction above the
-platform's baseline can leak into code that runs on every processor.  `setup.py` reads `libraries`
-and `ffibuilder` from here.
+A file NAME_LEVEL.c belongs to an instruction set (`levels`), every other .c file is scalar code.  The
+scalar files make up the extension module `pyengine._core`.  The files of each instruction set are a
+static library of its own, compiled with its own flags, so that no instruction above the platform's
+baseline can leak into code that runs on every processor.  `setup.py` reads `libraries` and
+`ffibuilder` from here.
 """
 
 import platform
@@ -15,25 +16,36 @@ import cffi
 HERE = Path(__file__).parent
 
 # Bits first: no contraction to FMA, no reassociation.  -fno-math-errno lets sqrt be one instruction.
-FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
-         "-pthread", "-Wall", "-Wextra"]
+FLAGS = [
+    "-std=c11",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+]
 
-SCALAR = ["dispatch", "pool", "matmul", "quantize", "quantize_weights", "activations", "norm", "rope",
-          "causal_conv1d", "delta_rule", "attention", "router", "experts", "replay"]
-
+# dispatch.c asks the processor for the features behind these flags: change both together.
 X86 = {
     "avx2": ["-mavx2", "-mf16c", "-mfma"],
-    "avx512vnni": ["-mavx2", "-mf16c", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq",
-                   "-mavx512vl", "-mavx512vnni"],
+    "avx512vnni": [
+        "-mavx2",
+        "-mf16c",
+        "-mfma",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512vnni",
+    ],
 }
-ARM = {
-    "neon": [],
-    "neon_dotprod": ["-march=armv8.2-a+dotprod"],
-}
+ARM = {"neon": [], "neon_dotprod": ["-march=armv8.2-a+dotprod"]}
 
 
-def instruction_sets(machine=None):
-    """{level: its compiler flags} for a processor family, lowest level first."""
+def levels(machine=None):
+    """{instruction set: its compiler flags} for a processor family, lowest first."""
     machine = (machine or platform.machine()).lower()
     if machine in ("x86_64", "amd64"):
         return X86
@@ -42,9 +54,26 @@ def instruction_sets(machine=None):
     return {}
 
 
+def level_of(path):
+    """The instruction set that a file belongs to; None: scalar."""
+    return next((level for level in (*X86, *ARM) if path.stem.endswith(f"_{level}")), None)
+
+
 def sources_of(level):
-    """The sibling files of one level: csrc/*_LEVEL.c."""
-    return sorted(p for p in HERE.glob(f"*_{level}.c"))
+    """The files of an instruction set; of None: the scalar ones."""
+    return sorted(path for path in HERE.glob("*.c") if level_of(path) == level)
+
+
+def macros_of(level, machine=None):
+    """[(name, value)] for the files of an instruction set, or for the scalar ones (None).
+
+    PE_HAVE_LEVEL tells dispatch.c which instruction sets there are; PE_TYPE_FILES names the files of
+    weight types, matmul_TYPE.c or matmul_TYPE_LEVEL.c: see kernels.h.
+    """
+    names = [path.stem.removesuffix(f"_{level}") for path in sources_of(level)]
+    types = [name.removeprefix("matmul_") for name in names if name.startswith("matmul_")]
+    present = [] if level else [(f"PE_HAVE_{name.upper()}", "1") for name in levels(machine)]
+    return [*present, ("PE_TYPE_FILES", "".join(f"PE_TYPE_FILE({name})" for name in types))]
 
 
 def relative(path):
@@ -52,35 +81,28 @@ def relative(path):
     return f"csrc/{path.name}"
 
 
-def levels(machine=None):
-    """The instruction sets of which there are sources, and their flags."""
-    return {level: flags for level, flags in instruction_sets(machine).items() if sources_of(level)}
-
-
-def defines(machine=None):
-    """What tells dispatch.c which levels it has."""
-    return [f"PE_HAVE_{level.upper()}" for level in levels(machine)]
-
-
 def print_compilations(machine=None):
     """`source flags` lines: the whole core for a machine, for those who build it without Python."""
-    for name in SCALAR:
-        print(f"csrc/{name}.c", *FLAGS, *(f"-D{name}=1" for name in defines(machine)))
-    for level, flags in levels(machine).items():
+    for level, flags in {None: [], **levels(machine)}.items():
+        macros = [f"-D{name}={value}" for name, value in macros_of(level, machine)]
         for path in sources_of(level):
-            print(relative(path), *FLAGS, *flags)
+            print(relative(path), *FLAGS, *flags, *macros)
 
 
 HEADERS = [relative(path) for path in sorted(HERE.glob("*.h"))]
-LEVELS = levels()
 
 libraries = [
-    (f"pyengine_{level}",
-     {"sources": [relative(p) for p in sources_of(level)],
-      "include_dirs": ["csrc"],
-      "obj_deps": {"": HEADERS},
-      "cflags": FLAGS + flags})
-    for level, flags in LEVELS.items()
+    (
+        f"pyengine_level_{level}",
+        {
+            "sources": [relative(path) for path in sources_of(level)],
+            "include_dirs": ["csrc"],
+            "macros": macros_of(level),
+            "obj_deps": {"": HEADERS},
+            "cflags": FLAGS + flags,
+        },
+    )
+    for level, flags in levels().items()
 ]
 
 
@@ -95,10 +117,10 @@ ffibuilder.cdef(declarations())
 ffibuilder.set_source(
     "pyengine._core",
     '#include "pyengine.h"',
-    sources=[f"csrc/{name}.c" for name in SCALAR],
-    depends=HEADERS,
+    sources=[relative(path) for path in sources_of(None)],
+    depends=[*HEADERS, *(source for _, library in libraries for source in library["sources"])],
     include_dirs=["csrc"],
-    define_macros=[(name, "1") for name in defines()],
+    define_macros=macros_of(None),
     extra_compile_args=FLAGS,
     extra_link_args=["-pthread"],
     libraries=["m"],

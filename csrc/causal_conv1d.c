@@ -24,7 +24,7 @@ typedef struct {
     int64_t tokens, channels, taps;
 } conv_args;
 
-/* The input row that is age steps before token t: from x, or from the state. */
+/* The input row age steps before token t: from x, or from the state. */
 static const float *input_row(const conv_args *v, int64_t t, int64_t age)
 {
     int64_t row = t - age;
@@ -45,7 +45,7 @@ static int32_t conv_channels(void *arg, int64_t c0, int64_t c1)
         pe_active.conv_taps(rows, v->weight, v->channels, v->taps, c0, c1, y);
         pe_active.silu(y + c0, c1 - c0, y + c0);
     }
-    /* Oldest first: row j takes what lies further on, which is not yet overwritten. */
+    /* Oldest first: row j takes a later row, which is not overwritten yet. */
     for (int64_t j = 0; j < v->taps - 1; j++)
         memmove(v->conv_state + j * v->channels + c0,
                 input_row(v, v->tokens - 1, v->taps - 2 - j) + c0, (size_t)(c1 - c0) * 4);

@@ -3,8 +3,8 @@
 
 #define MAX_DV 1024
 
-static void delta_step(float *state, const float *key, const float *query, const float *value,
-                       float beta, float decay, int64_t dk, int64_t dv, float *delta, float *out)
+static void step(float *state, const float *key, const float *query, const float *value, float beta,
+                 float decay, int64_t dk, int64_t dv, float *delta, float *out)
 {
     for (int64_t i = 0; i < dk; i++) {
         float *s = state + i * dv;
@@ -24,6 +24,11 @@ static void delta_step(float *state, const float *key, const float *query, const
             out[j] = i == 0 ? term : out[j] + term;
         }
     }
+}
+
+static void delta_step(const pe_delta_head *h)
+{
+    step(h->state, h->key, h->query, h->value, h->beta, h->decay, h->dk, h->dv, h->delta, h->out);
 }
 
 void pe_fill_scalar_delta_rule(pe_kernels *k) { k->delta_step = delta_step; }
@@ -47,9 +52,19 @@ static int32_t delta_heads(void *arg, int64_t begin, int64_t end)
         for (int64_t t = 0; t < d->tokens; t++) {
             int64_t key = (t * d->key_heads + d->key_head[h]) * d->dk;
             int64_t gate = t * d->value_heads + h;
-            pe_active.delta_step(state, d->key + key, d->query + key,
-                                 d->value + t * d->ld_value + h * d->dv, d->beta[gate],
-                                 d->decay[gate], d->dk, d->dv, delta, d->out + gate * d->dv);
+            const pe_delta_head head = {
+                .state = state,
+                .key = d->key + key,
+                .query = d->query + key,
+                .value = d->value + t * d->ld_value + h * d->dv,
+                .beta = d->beta[gate],
+                .decay = d->decay[gate],
+                .dk = d->dk,
+                .dv = d->dv,
+                .out = d->out + gate * d->dv,
+                .delta = delta,
+            };
+            pe_active.delta_step(&head);
         }
     }
     return PE_OK;
@@ -65,8 +80,8 @@ int32_t pe_delta_rule(pe_pool *pool, const float *query, const float *key, const
     for (int64_t h = 0; h < value_heads; h++)
         if (key_head[h] < 0 || key_head[h] >= key_heads)
             return PE_ERROR_ARGUMENT;
-    delta_args d = {query, key, value, beta, decay, ld_value, tokens, key_heads, value_heads, dk,
-                    dv, key_head, recurrent_state, out};
+    delta_args d = {query,     key,         value, beta, decay,    ld_value,        tokens,
+                    key_heads, value_heads, dk,    dv,   key_head, recurrent_state, out};
     return pe_pool_run(pool, delta_heads, &d, value_heads, 1);
 }
 

@@ -1,30 +1,24 @@
 /* delta_rule_x86.h - one step of the delta rule, a band of columns at a time.
  *
- * The columns of a state never meet, so a band goes through the whole step with its sums at hand.
- * The state is read twice and written once: the first pass needs the decayed state only for kv_mem,
- * and the second makes the same product again rather than fetch it from memory.
+ * No column of a state depends on another, so the whole step is made for one band at a time, with
+ * the sums of the band in registers.  The state is read twice and written once: the first pass
+ * needs the decayed state only for kv_mem, and the second pass computes the same product again
+ * rather than load it from memory.
  *
- * A band is as wide as the model's rows (dv = 128), more than AVX2 has registers for.  A state that
- * is not in cache is then read as it lies in memory; with half rows that takes half as long again.
+ * A band is as wide as the rows of the model (dv = 128), which is more than AVX2 has registers for.
+ * A state that is not in cache is then read in the order of memory; half rows take 1.5 times as
+ * long.
  */
 #include "simd_x86.h"
 
-#define BAND 8 /* f32x16 in a band */
-
-typedef struct {
-    float *state;
-    const float *key, *query, *value;
-    float beta, decay;
-    int64_t dk, dv;
-    float *out;
-} delta_head;
+#define STATE_BAND 8 /* f32x16 in a band */
 
 /* delta of columns [j, j + 16 * (vectors - 1) + last). */
-PE_INLINE void recall_band(const delta_head *h, int64_t j, int vectors, int64_t last,
-                           f32x16 delta[BAND])
+PE_INLINE void recall_band(const pe_delta_head *h, int64_t j, int vectors, int64_t last,
+                           f32x16 delta[STATE_BAND])
 {
     const f32x16 decay = f32x16_all(h->decay), beta = f32x16_all(h->beta);
-    f32x16 kv_mem[BAND];
+    f32x16 kv_mem[STATE_BAND];
     for (int v = 0; v < vectors; v++)
         kv_mem[v] = f32x16_nothing();
     for (int64_t i = 0; i < h->dk; i++) {
@@ -41,11 +35,11 @@ PE_INLINE void recall_band(const delta_head *h, int64_t j, int vectors, int64_t 
     }
 }
 
-PE_INLINE void update_band(const delta_head *h, int64_t j, int vectors, int64_t last,
-                           const f32x16 delta[BAND])
+PE_INLINE void update_band(const pe_delta_head *h, int64_t j, int vectors, int64_t last,
+                           const f32x16 delta[STATE_BAND])
 {
     const f32x16 decay = f32x16_all(h->decay);
-    f32x16 out[BAND];
+    f32x16 out[STATE_BAND];
     for (int v = 0; v < vectors; v++)
         out[v] = f32x16_nothing();
     for (int64_t i = 0; i < h->dk; i++) {
@@ -63,21 +57,21 @@ PE_INLINE void update_band(const delta_head *h, int64_t j, int vectors, int64_t 
         f32x16_store(h->out + j + 16 * v, out[v], lanes_of(v, vectors, last));
 }
 
-PE_INLINE void delta_band(const delta_head *h, int64_t j, int vectors, int64_t last)
+PE_INLINE void delta_band(const pe_delta_head *h, int64_t j, int vectors, int64_t last)
 {
-    f32x16 delta[BAND];
+    f32x16 delta[STATE_BAND];
     recall_band(h, j, vectors, last, delta);
     update_band(h, j, vectors, last, delta);
 }
 
-static void delta_step(float *state, const float *key, const float *query, const float *value,
-                       float beta, float decay, int64_t dk, int64_t dv, float *delta, float *out)
+static void delta_step(const pe_delta_head *head)
 {
-    (void)delta;
-    const delta_head h = {state, key, query, value, beta, decay, dk, dv, out};
+    const pe_delta_head h = *head; /* a copy, which no store to the state can change */
     int64_t j = 0;
-    for (; j + 16 * BAND <= dv; j += 16 * BAND)
-        delta_band(&h, j, BAND, 16);
-    for (; j < dv; j += 16)
-        delta_band(&h, j, 1, pe_min(16, dv - j));
+    for (; j + 16 * STATE_BAND <= h.dv; j += 16 * STATE_BAND)
+        delta_band(&h, j, STATE_BAND, 16);
+    for (; j < h.dv; j += 16)
+        delta_band(&h, j, 1, pe_min(16, h.dv - j));
 }
+
+PE_INLINE void fill_delta_rule(pe_kernels *k) { k->delta_step = delta_step; }

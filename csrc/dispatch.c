@@ -1,6 +1,5 @@
-/* dispatch.c - one table of kernels, filled upward from scalar to the level in use. */
+/* dispatch.c - the table of kernels: filled upward, from scalar to the level in use. */
 #include "kernels.h"
-
 
 /* The scalar parts, each in the file of its operation. */
 void pe_fill_scalar_matmul(pe_kernels *k);
@@ -22,6 +21,8 @@ void pe_fill_scalar(pe_kernels *k)
     pe_fill_scalar_causal_conv1d(k);
     pe_fill_scalar_delta_rule(k);
     pe_fill_scalar_attention(k);
+#define PE_TYPE_FILE(type) PE_FILL_TYPE(scalar, type, k)
+    PE_TYPE_FILES
 }
 
 static int always(void) { return 1; }
@@ -29,8 +30,10 @@ static int always(void) { return 1; }
 #ifdef PE_HAVE_AVX2
 #include <cpuid.h>
 
-/* Every processor with AVX2 so far has both, but it is not the same bit; and clang 14 has no name
- * for the first. */
+/* The features that a level needs are the -m flags of csrc/build.py: change both together.
+ *
+ * Every processor with AVX2 so far has F16C and FMA too, but each has a bit of its own; and
+ * __builtin_cpu_supports of clang 14 does not know "f16c". */
 static int have_f16c_and_fma(void)
 {
     unsigned eax, ebx, ecx, edx;
@@ -114,11 +117,11 @@ int32_t pe_isa_select(const char *name)
     return PE_ERROR_ARGUMENT;
 }
 
-/* The highest level present, so that no operation can meet an empty table. */
+/* Selects the highest level present, so that no operation can find an empty table. */
 __attribute__((constructor)) static void select_highest(void)
 {
 #if defined(__x86_64__)
-    __builtin_cpu_init(); /* a constructor may run before the runtime's own */
+    __builtin_cpu_init(); /* this constructor may run before the runtime's own */
 #endif
     for (int32_t level = N_LEVELS - 1; level >= 0; level--)
         if (levels[level].present()) {

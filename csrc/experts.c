@@ -1,20 +1,30 @@
 /* experts.c - see pe_experts in pyengine.h.
  *
- * The tokens of each expert are gathered, so that its weights are read once; the matmuls of all
- * experts and of the shared one are shared out over the threads together, first gate and up, then
- * down; the contributions are added last, token by token, by ascending expert.  One token and a
- * thousand take the same path.
+ * The tokens of each expert are gathered, so that its weights are read once.  The matmuls of all
+ * experts and of the shared one are shared out over the threads together: first gate and up, then
+ * down.  The contributions are added last, token by token, by ascending expert.  One token and a
+ * thousand tokens take the same path.
+ *
+ * With a cache the experts are computed in several such steps: first those that are in memory, with
+ * the shared one, then the others as they arrive.
  */
 #include "kernels.h"
 
-/* A slot is one (token, selected expert) pair; slots are sorted by expert, then by token. */
+#define PARTS (PE_GROUP / PE_PART) /* sums of a group */
+
+/* A slot is one (token, selected expert) pair; slots are sorted by the order of the experts, then by
+ * token. */
 typedef struct {
     int64_t count;
-    int64_t *first;     /* [num_experts + 1] expert e has slots first[e] .. first[e + 1] */
-    int64_t *token;     /* [count] */
-    float *weight;      /* [count] routing weight */
-    int64_t *of_token;  /* [tokens, top_k] each token's slots, ascending */
-    int64_t *filled;    /* [tokens] */
+    int64_t *uses;     /* [num_experts] number of an expert's slots */
+    int64_t *end;      /* [num_experts] expert e has the slots end[e] - uses[e] .. end[e] */
+    int32_t *order;    /* [used] the experts that have slots, as they are computed */
+    int64_t used;      /* number of them */
+    int64_t in_memory; /* the first ones, which need not be waited for */
+    int64_t *token;    /* [count] */
+    float *weight;     /* [count] routing weight */
+    int64_t *of_token; /* [tokens, top_k] each token's slots, ascending */
+    int64_t *filled;   /* [tokens] */
 } slot_table;
 
 /* gate, up, silu_mul, down over rows inputs: of the routed experts or of the shared one. */
@@ -23,13 +33,14 @@ typedef struct {
     float *gate, *up, *h; /* [rows, ff] */
     int16_t *q;           /* h quantised */
     float *scales;
+    int32_t *sums;
     float *down; /* [rows, hidden] */
 } branch;
 
 typedef struct {
     const pe_experts_weights *w;
     const pe_activations *a;
-    int64_t hidden, top_k;
+    int64_t tokens, hidden, num_experts, top_k;
     slot_table slots;
     pe_activations in; /* a's rows gathered by slot */
     branch routed, shared;
@@ -41,7 +52,7 @@ typedef struct {
 
 /* ---- scratch --------------------------------------------------------------------------------- */
 
-/* Hands out aligned pieces of one block; without a block it only adds up their sizes. */
+/* Hands out aligned pieces of one block; without a block it only adds up the pieces' sizes. */
 typedef struct {
     char *base;
     size_t used;
@@ -61,6 +72,7 @@ static void take_branch(arena *a, branch *b, int64_t hidden)
     b->h = take(a, b->rows * b->ff, sizeof(float));
     b->q = take(a, b->rows * pe_groups(b->ff) * PE_GROUP, sizeof(int16_t));
     b->scales = take(a, b->rows * pe_groups(b->ff), sizeof(float));
+    b->sums = take(a, b->rows * pe_groups(b->ff) * PARTS, sizeof(int32_t));
     b->down = take(a, b->rows * hidden, sizeof(float));
 }
 
@@ -68,63 +80,110 @@ static void lay_out(experts_run *r, arena *a)
 {
     slot_table *s = &r->slots;
     int64_t groups = pe_groups(r->hidden);
-    s->first = take(a, r->w->num_experts + 1, sizeof *s->first);
+    s->uses = take(a, r->num_experts, sizeof *s->uses);
+    s->end = take(a, r->num_experts, sizeof *s->end);
+    s->order = take(a, r->num_experts, sizeof *s->order);
     s->token = take(a, s->count, sizeof *s->token);
     s->weight = take(a, s->count, sizeof *s->weight);
     s->of_token = take(a, s->count, sizeof *s->of_token);
-    s->filled = take(a, r->a->tokens, sizeof *s->filled);
-    r->jobs = take(a, 2 * (r->w->num_experts + 1), sizeof *r->jobs);
+    s->filled = take(a, r->tokens, sizeof *s->filled);
+    r->jobs = take(a, 2 * (r->num_experts + 1), sizeof *r->jobs);
     r->in.x = take(a, s->count * r->hidden, sizeof(float));
     r->in.q = take(a, s->count * groups * PE_GROUP, sizeof(int16_t));
     r->in.scales = take(a, s->count * groups, sizeof(float));
-    r->shared_sigmoid = take(a, r->a->tokens, sizeof(float));
+    r->in.sums = take(a, s->count * groups * PARTS, sizeof(int32_t));
+    r->shared_sigmoid = take(a, r->tokens, sizeof(float));
     take_branch(a, &r->routed, r->hidden);
     take_branch(a, &r->shared, r->hidden);
 }
 
+/* A run of these sizes, whose pieces are not laid out yet. */
+static experts_run run_of(int64_t tokens, int64_t hidden, int64_t num_experts, int64_t top_k,
+                          int64_t ff, int64_t shared_ff)
+{
+    return (experts_run){
+        .tokens = tokens,
+        .hidden = hidden,
+        .num_experts = num_experts,
+        .top_k = top_k,
+        .slots = {.count = tokens * top_k},
+        .in = {.tokens = tokens * top_k, .cols = hidden},
+        .routed = {.rows = tokens * top_k, .ff = ff},
+        .shared = {.rows = tokens, .ff = shared_ff},
+    };
+}
+
 /* ---- gathering ------------------------------------------------------------------------------- */
 
-static int32_t sort_slots(experts_run *r, const int32_t *selected, const float *weights)
+static int32_t count_uses(experts_run *r, const int32_t *selected)
 {
     slot_table *s = &r->slots;
-    const int64_t experts = r->w->num_experts;
-    memset(s->first, 0, (size_t)(experts + 1) * sizeof *s->first);
-    memset(s->filled, 0, (size_t)r->a->tokens * sizeof *s->filled);
+    memset(s->uses, 0, (size_t)r->num_experts * sizeof *s->uses);
     for (int64_t i = 0; i < s->count; i++) {
-        if (selected[i] < 0 || selected[i] >= experts)
+        if (selected[i] < 0 || selected[i] >= r->num_experts)
             return PE_ERROR_ARGUMENT;
-        s->first[selected[i] + 1]++;
+        s->uses[selected[i]]++;
     }
-    for (int64_t e = 0; e < experts; e++)
-        s->first[e + 1] += s->first[e];
-    for (int64_t i = 0; i < s->count; i++) { /* leaves first[e] at the end of e's slots */
-        int64_t at = s->first[selected[i]]++;
+    return PE_OK;
+}
+
+/* Experts by ascending index, or in the cache's order; missing ones are asked for here. */
+static void order_experts(experts_run *r)
+{
+    slot_table *s = &r->slots;
+    s->used = 0;
+    if (r->w->cache) {
+        s->in_memory = pe_expert_cache_begin(r->w->cache, r->w->cache_layer, r->tokens, s->uses,
+                                             s->order, &s->used);
+        return;
+    }
+    for (int64_t e = 0; e < r->num_experts; e++)
+        if (s->uses[e])
+            s->order[s->used++] = (int32_t)e;
+    s->in_memory = s->used;
+}
+
+static void sort_slots(experts_run *r, const int32_t *selected, const float *weights)
+{
+    slot_table *s = &r->slots;
+    for (int64_t p = 0, at = 0; p < s->used; p++) {
+        s->end[s->order[p]] = at; /* for now the begin: it moves to the end as the slots fill */
+        at += s->uses[s->order[p]];
+    }
+    for (int64_t i = 0; i < s->count; i++) {
+        int64_t at = s->end[selected[i]]++;
         s->token[at] = i / r->top_k;
         s->weight[at] = weights[i];
     }
-    memmove(s->first + 1, s->first, (size_t)experts * sizeof *s->first);
-    s->first[0] = 0;
-    for (int64_t at = 0; at < s->count; at++) {
-        int64_t t = s->token[at];
-        s->of_token[t * r->top_k + s->filled[t]++] = at;
+    memset(s->filled, 0, (size_t)r->tokens * sizeof *s->filled);
+    for (int64_t e = 0; e < r->num_experts; e++) {
+        for (int64_t k = s->uses[e]; k > 0; k--) {
+            int64_t at = s->end[e] - k, t = s->token[at];
+            s->of_token[t * r->top_k + s->filled[t]++] = at;
+        }
     }
-    return PE_OK;
 }
 
 static int32_t gather_slots(void *arg, int64_t begin, int64_t end)
 {
     experts_run *r = arg;
     const int64_t groups = pe_groups(r->hidden), ld = groups * PE_GROUP;
+    const pe_weight_type *gate = pe_type(r->w->gate.type), *up = pe_type(r->w->up.type);
+    const int dense = gate->dense || up->dense, quantised = !gate->dense || !up->dense;
+    const int sums = gate->sums || up->sums;
     for (int64_t at = begin; at < end; at++) {
         int64_t t = r->slots.token[at];
-        if (pe_is_dense(r->w->gate.type)) {
+        if (dense)
             memcpy((float *)r->in.x + at * r->hidden, r->a->x + t * r->hidden,
                    (size_t)r->hidden * sizeof(float));
-        } else {
+        if (quantised) {
             memcpy((int16_t *)r->in.q + at * ld, r->a->q + t * ld, (size_t)ld * sizeof(int16_t));
             memcpy((float *)r->in.scales + at * groups, r->a->scales + t * groups,
                    (size_t)groups * sizeof(float));
         }
+        if (sums)
+            memcpy((int32_t *)r->in.sums + at * groups * PARTS, r->a->sums + t * groups * PARTS,
+                   (size_t)(groups * PARTS) * sizeof(int32_t));
     }
     return PE_OK;
 }
@@ -141,19 +200,45 @@ static pe_activations rows_of(const pe_activations *a, int64_t first, int64_t to
         .x = a->x ? a->x + first * a->cols : NULL,
         .q = a->q ? a->q + first * groups * PE_GROUP : NULL,
         .scales = a->scales ? a->scales + first * groups : NULL,
+        .sums = a->sums ? a->sums + first * groups * PARTS : NULL,
     };
 }
 
-/* Every expert's product with its own slots, then nothing of the experts that have none. */
-static int64_t add_routed_jobs(experts_run *r, int64_t n, const pe_matrix *stack,
-                               const pe_activations *in, float *y)
+/* The gate, up or down (0, 1, 2) of one expert. */
+static pe_matrix matrix_of(const pe_experts_weights *w, int i, int64_t expert)
 {
-    const int64_t *first = r->slots.first;
-    for (int64_t e = 0; e < r->w->num_experts; e++)
-        if (first[e] < first[e + 1])
-            r->jobs[n++] = (pe_matmul_job){pe_matrix_expert(stack, e),
-                                           rows_of(in, first[e], first[e + 1] - first[e]),
-                                           y + first[e] * stack->rows, stack->rows};
+    pe_matrix m = i == 0 ? w->gate : i == 1 ? w->up : w->down;
+    if (!w->places && !w->cache)
+        return pe_matrix_expert(&m, expert);
+    const pe_expert_place place =
+        w->cache ? pe_expert_cache_place(w->cache, w->cache_layer, expert) : w->places[expert];
+    m.data = place.data[i];
+    m.scales = place.scales[i];
+    return m;
+}
+
+/* Experts order[from, to), and the shared one or not.  Their slots are neighbours. */
+typedef struct {
+    int64_t from, to;
+    int shared;
+} step;
+
+static int64_t first_slot(const slot_table *s, int64_t p)
+{
+    return p < s->used ? s->end[s->order[p]] - s->uses[s->order[p]] : s->count;
+}
+
+/* The product of each expert's gate, up or down with its own slots. */
+static int64_t add_routed_jobs(experts_run *r, step now, int64_t n, int i, const pe_activations *in,
+                               float *y)
+{
+    const slot_table *s = &r->slots;
+    for (int64_t p = now.from; p < now.to; p++) {
+        const int64_t first = first_slot(s, p);
+        const pe_matrix w = matrix_of(r->w, i, s->order[p]);
+        r->jobs[n++] = (pe_matmul_job){w, rows_of(in, first, s->uses[s->order[p]]),
+                                       y + first * w.rows, w.rows};
+    }
     return n;
 }
 
@@ -164,40 +249,75 @@ static int64_t add_shared_job(experts_run *r, int64_t n, const pe_matrix *w,
     return n;
 }
 
-static int32_t gate_and_up(pe_pool *pool, experts_run *r)
+static int32_t gate_and_up(pe_pool *pool, experts_run *r, step now)
 {
     const pe_experts_weights *w = r->w;
-    int64_t n = add_routed_jobs(r, 0, &w->gate, &r->in, r->routed.gate);
-    n = add_routed_jobs(r, n, &w->up, &r->in, r->routed.up);
-    n = add_shared_job(r, n, &w->shared_gate, r->a, r->shared.gate);
-    n = add_shared_job(r, n, &w->shared_up, r->a, r->shared.up);
-    return pe_matmul_many(pool, r->jobs, n);
+    int64_t n = add_routed_jobs(r, now, 0, 0, &r->in, r->routed.gate);
+    n = add_routed_jobs(r, now, n, 1, &r->in, r->routed.up);
+    if (now.shared) {
+        n = add_shared_job(r, n, &w->shared_gate, r->a, r->shared.gate);
+        n = add_shared_job(r, n, &w->shared_up, r->a, r->shared.up);
+    }
+    return pe_matmul_jobs(pool, r->jobs, n);
 }
 
-/* h, in the form that down wants. */
-static int32_t activate(pe_pool *pool, const branch *b, const pe_matrix *down, pe_activations *h)
+/* Rows [first, first + rows) of h, in the form that down reads. */
+static int32_t activate(pe_pool *pool, const branch *b, const pe_matrix *down, int64_t first,
+                        int64_t rows)
 {
-    *h = (pe_activations){b->rows, b->ff, b->h, b->q, b->scales};
-    int32_t status = pe_silu_mul(pool, b->gate, b->up, b->rows * b->ff, b->h);
+    const int64_t groups = pe_groups(b->ff), at = first * b->ff;
+    float *h = b->h + at;
+    int32_t status = pe_silu_mul(pool, b->gate + at, b->up + at, rows * b->ff, h);
     if (status)
         return status;
-    if (pe_is_dense(down->type))
-        return pe_all_finite(b->h, b->rows * b->ff) ? PE_OK : PE_ERROR_NONFINITE;
-    return pe_quantize_activations(pool, b->h, b->rows, b->ff, b->q, b->scales);
+    if (pe_type(down->type)->dense)
+        return pe_all_finite(h, rows * b->ff) ? PE_OK : PE_ERROR_NONFINITE;
+    return pe_quantize_activations(pool, h, rows, b->ff, b->q + first * groups * PE_GROUP,
+                                   b->scales + first * groups, b->sums + first * groups * PARTS);
 }
 
-static int32_t down(pe_pool *pool, experts_run *r)
+static pe_activations activated(const branch *b)
+{
+    return (pe_activations){b->rows, b->ff, b->h, b->q, b->scales, b->sums};
+}
+
+static int32_t down(pe_pool *pool, experts_run *r, step now)
 {
     const pe_experts_weights *w = r->w;
-    pe_activations routed, shared;
-    int32_t status = activate(pool, &r->routed, &w->down, &routed);
-    if (!status)
-        status = activate(pool, &r->shared, &w->shared_down, &shared);
+    const int64_t first = first_slot(&r->slots, now.from), end = first_slot(&r->slots, now.to);
+    const pe_activations routed = activated(&r->routed), shared = activated(&r->shared);
+    int32_t status = PE_OK;
+    if (first < end)
+        status = activate(pool, &r->routed, &w->down, first, end - first);
+    if (!status && now.shared)
+        status = activate(pool, &r->shared, &w->shared_down, 0, r->tokens);
     if (status)
         return status;
-    int64_t n = add_routed_jobs(r, 0, &w->down, &routed, r->routed.down);
-    n = add_shared_job(r, n, &w->shared_down, &shared, r->shared.down);
-    return pe_matmul_many(pool, r->jobs, n);
+    int64_t n = add_routed_jobs(r, now, 0, 2, &routed, r->routed.down);
+    if (now.shared)
+        n = add_shared_job(r, n, &w->shared_down, &shared, r->shared.down);
+    return pe_matmul_jobs(pool, r->jobs, n);
+}
+
+static int32_t compute(pe_pool *pool, experts_run *r, step now)
+{
+    int32_t status = gate_and_up(pool, r, now);
+    return status ? status : down(pool, r, now);
+}
+
+/* The experts that are not in memory yet, as they arrive. */
+static int32_t compute_missing(pe_pool *pool, experts_run *r)
+{
+    pe_expert_cache *cache = r->w->cache;
+    int32_t status = PE_OK;
+    pe_expert_cache_release(cache, 0, r->slots.in_memory);
+    for (int64_t from = r->slots.in_memory, to; from < r->slots.used && !status; from = to) {
+        status = pe_expert_cache_wait(cache, from, &to);
+        if (!status)
+            status = compute(pool, r, (step){from, to, 0});
+        pe_expert_cache_release(cache, from, to);
+    }
+    return status;
 }
 
 /* ---- adding up ------------------------------------------------------------------------------- */
@@ -239,23 +359,26 @@ static void copy_trace(const experts_run *r)
 
 /* ---- the operation --------------------------------------------------------------------------- */
 
-static int has_form_for(const pe_activations *a, const pe_matrix *w)
-{
-    return pe_is_dense(w->type) ? a->x != NULL : a->q != NULL && a->scales != NULL;
-}
-
-/* The shapes fit together; the types of gate and up may differ from down's, not from each other. */
+/* The shapes must fit.  Each matrix has a type of its own. */
 static int32_t check(const pe_experts_weights *w, const pe_activations *a, int64_t top_k)
 {
-    int ok = has_form_for(a, &w->gate) && has_form_for(a, &w->shared_gate) &&
-             has_form_for(a, &w->shared_up) && w->num_experts >= 1 && a->tokens >= 0 &&
-             top_k >= 1 && w->gate.cols == a->cols &&
-             w->up.rows == w->gate.rows && w->up.cols == a->cols && w->up.type == w->gate.type &&
-             w->down.rows == a->cols && w->down.cols == w->gate.rows &&
-             w->shared_gate.cols == a->cols && w->shared_up.cols == a->cols &&
-             w->shared_up.rows == w->shared_gate.rows && w->shared_down.rows == a->cols &&
-             w->shared_down.cols == w->shared_gate.rows;
+    int ok = pe_has_form_for(a, w->gate.type) && pe_has_form_for(a, w->up.type) &&
+             pe_has_form_for(a, w->shared_gate.type) && pe_has_form_for(a, w->shared_up.type) &&
+             w->num_experts >= 1 && a->tokens >= 0 && top_k >= 1 && w->gate.cols == a->cols &&
+             w->up.rows == w->gate.rows && w->up.cols == a->cols && w->down.rows == a->cols &&
+             w->down.cols == w->gate.rows && w->shared_gate.cols == a->cols &&
+             w->shared_up.cols == a->cols && w->shared_up.rows == w->shared_gate.rows &&
+             w->shared_down.rows == a->cols && w->shared_down.cols == w->shared_gate.rows;
     return ok ? PE_OK : PE_ERROR_ARGUMENT;
+}
+
+int64_t pe_experts_scratch_bytes(int64_t tokens, int64_t hidden, int64_t num_experts, int64_t top_k,
+                                 int64_t ff, int64_t shared_ff)
+{
+    experts_run r = run_of(tokens, hidden, num_experts, top_k, ff, shared_ff);
+    arena sizes = {NULL, 0};
+    lay_out(&r, &sizes);
+    return (int64_t)sizes.used;
 }
 
 int32_t pe_experts(pe_pool *pool, const pe_experts_weights *w, const pe_activations *a,
@@ -265,26 +388,30 @@ int32_t pe_experts(pe_pool *pool, const pe_experts_weights *w, const pe_activati
     int32_t status = check(w, a, top_k);
     if (status || a->tokens == 0)
         return status;
-    const int64_t slots = a->tokens * top_k;
-    experts_run r = {
-        .w = w, .a = a, .hidden = a->cols, .top_k = top_k, .slots = {.count = slots},
-        .in = {.tokens = slots, .cols = a->cols},
-        .routed = {.rows = slots, .ff = w->gate.rows},
-        .shared = {.rows = a->tokens, .ff = w->shared_gate.rows}, .y = y, .trace = trace,
-    };
+    experts_run r =
+        run_of(a->tokens, a->cols, w->num_experts, top_k, w->gate.rows, w->shared_gate.rows);
+    r.w = w;
+    r.a = a;
+    r.y = y;
+    r.trace = trace;
     arena sizes = {NULL, 0};
     lay_out(&r, &sizes);
     arena block = {pe_pool_scratch(pool, sizes.used), 0};
     if (!block.base)
         return PE_ERROR_MEMORY;
     lay_out(&r, &block);
-    status = sort_slots(&r, selected_experts, routing_weights);
+    status = count_uses(&r, selected_experts);
+    if (status)
+        return status;
+    order_experts(&r);
+    sort_slots(&r, selected_experts, routing_weights);
+    status = pe_pool_run(pool, gather_slots, &r, r.slots.count, 4);
     if (!status)
-        status = pe_pool_run(pool, gather_slots, &r, slots, 4);
-    if (!status)
-        status = gate_and_up(pool, &r);
-    if (!status)
-        status = down(pool, &r);
+        status = compute(pool, &r, (step){0, r.slots.in_memory, 1});
+    if (!status && w->cache)
+        status = compute_missing(pool, &r);
+    if (w->cache)
+        pe_expert_cache_end(w->cache);
     if (!status)
         status = pe_sigmoid(pool, shared_expert_gate, a->tokens, r.shared_sigmoid);
     if (!status)

@@ -1,45 +1,12 @@
-/* matmul.c - scalar, normative: see pe_matmul in pyengine.h. */
+/* matmul.c - scalar, normative: see pe_matmul in pyengine.h.
+ *
+ * F32, F16, BF16, INT8 and INT4 are here; another weight type has a file of its own:
+ * matmul_blocks32.c.
+ */
 #include "kernels.h"
 
 /* Columns of group g, the last of which may be short. */
-static int64_t group_end(int64_t g, int64_t cols)
-{
-    return pe_min((g + 1) * PE_GROUP, cols);
-}
-
-static float q8_0_group(const uint8_t *blocks, const int16_t *q, int64_t n_blocks)
-{
-    float p[PE_GROUP / PE_BLOCK] = {0};
-    for (int64_t b = 0; b < n_blocks; b++) {
-        const uint8_t *block = blocks + b * (2 + PE_BLOCK);
-        const int8_t *code = (const int8_t *)(block + 2);
-        int32_t d = 0;
-        for (int i = 0; i < PE_BLOCK; i++)
-            d += q[b * PE_BLOCK + i] * code[i];
-        p[b] = (float)d * pe_f16_to_float(pe_load_u16(block));
-    }
-    return (p[0] + p[1]) + (p[2] + p[3]);
-}
-
-static void matmul_q8_0(const pe_matrix *w, int64_t row0, int64_t row1, const pe_activations *a,
-                        float *y, int64_t ldy)
-{
-    const int64_t groups = pe_groups(w->cols), ld = groups * PE_GROUP;
-    const int64_t row_bytes = w->cols / PE_BLOCK * (2 + PE_BLOCK);
-    for (int64_t r = row0; r < row1; r++) {
-        const uint8_t *row = (const uint8_t *)w->data + r * row_bytes;
-        for (int64_t t = 0; t < a->tokens; t++) {
-            float sum = 0.0f;
-            for (int64_t g = 0; g < groups; g++) {
-                int64_t first = g * PE_GROUP, n = group_end(g, w->cols) - first;
-                float part = q8_0_group(row + first / PE_BLOCK * (2 + PE_BLOCK),
-                                        a->q + t * ld + first, n / PE_BLOCK);
-                sum += part * a->scales[t * groups + g];
-            }
-            y[t * ldy + r] = sum;
-        }
-    }
-}
+static int64_t group_end(int64_t g, int64_t cols) { return pe_min((g + 1) * PE_GROUP, cols); }
 
 /* The code of column c in one row. */
 typedef int32_t code_at(const void *row, int64_t c);
@@ -91,7 +58,7 @@ typedef float value_at(const void *row, int64_t c);
 
 static float f32_at(const void *row, int64_t c)
 {
-    float v; /* a file's tensors are aligned to less than a vector, and a caller's perhaps not at all */
+    float v; /* memcpy: a row may lie at any address */
     memcpy(&v, (const char *)row + c * 4, sizeof v);
     return v;
 }
@@ -140,55 +107,54 @@ static void matmul_bf16(const pe_matrix *w, int64_t row0, int64_t row1, const pe
     matmul_dense(w, w->cols * 2, bf16_at, row0, row1, a, y, ldy);
 }
 
+static void load_f32(const void *row, int64_t cols, float *x)
+{
+    memcpy(x, row, (size_t)cols * sizeof *x);
+}
+
+static void load_f16(const void *row, int64_t cols, float *x)
+{
+    for (int64_t c = 0; c < cols; c++)
+        x[c] = f16_at(row, c);
+}
+
+static void load_bf16(const void *row, int64_t cols, float *x)
+{
+    for (int64_t c = 0; c < cols; c++)
+        x[c] = bf16_at(row, c);
+}
+
 void pe_fill_scalar_matmul(pe_kernels *k)
 {
-    k->matmul_q8_0 = matmul_q8_0;
-    k->matmul_int8 = matmul_int8;
-    k->matmul_int4 = matmul_int4;
-    k->matmul_f32 = matmul_f32;
-    k->matmul_f16 = matmul_f16;
-    k->matmul_bf16 = matmul_bf16;
+    memset(k->type, 0, sizeof k->type);
+    k->type[PE_F32] = (pe_weight_type){1, 4, .dense = 1, .load = load_f32};
+    k->type[PE_F16] = (pe_weight_type){1, 2, .dense = 1, .load = load_f16};
+    k->type[PE_BF16] = (pe_weight_type){1, 2, .dense = 1, .load = load_bf16};
+    k->type[PE_INT8] = (pe_weight_type){1, 1, .scaled = 1};
+    k->type[PE_INT4] = (pe_weight_type){2, 1, .scaled = 1};
+    k->matmul[PE_F32] = matmul_f32;
+    k->matmul[PE_F16] = matmul_f16;
+    k->matmul[PE_BF16] = matmul_bf16;
+    k->matmul[PE_INT8] = matmul_int8;
+    k->matmul[PE_INT4] = matmul_int4;
 }
 
 /* ---- the operation --------------------------------------------------------------------------- */
 
-int32_t pe_matrix_check(const pe_matrix *w)
+const pe_weight_type *pe_type(int32_t type)
 {
-    if (w->rows < 1 || w->cols < 1 || !w->data)
-        return PE_ERROR_ARGUMENT;
-    switch (w->type) {
-    case PE_F32:
-    case PE_F16:
-    case PE_BF16:
-        return PE_OK;
-    case PE_Q8_0:
-        return w->cols % PE_BLOCK ? PE_ERROR_ARGUMENT : PE_OK;
-    case PE_INT8:
-        return w->scales && w->scale_ld >= w->rows ? PE_OK : PE_ERROR_ARGUMENT;
-    case PE_INT4:
-        return w->scales && w->scale_ld >= w->rows && w->cols % 2 == 0 ? PE_OK
-                                                                       : PE_ERROR_ARGUMENT;
-    default:
-        return PE_ERROR_ARGUMENT;
-    }
+    static const pe_weight_type none;
+    return type >= 0 && type < PE_TYPES ? &pe_active.type[type] : &none;
 }
 
-pe_matmul_kernel *pe_matmul_kernel_for(int32_t type)
+int32_t pe_matrix_check(const pe_matrix *w)
 {
-    switch (type) {
-    case PE_F32:
-        return pe_active.matmul_f32;
-    case PE_F16:
-        return pe_active.matmul_f16;
-    case PE_BF16:
-        return pe_active.matmul_bf16;
-    case PE_Q8_0:
-        return pe_active.matmul_q8_0;
-    case PE_INT8:
-        return pe_active.matmul_int8;
-    default:
-        return pe_active.matmul_int4;
-    }
+    const pe_weight_type *type = pe_type(w->type);
+    if (!type->block_cols || w->rows < 1 || w->cols < 1 || !w->data || w->cols % type->block_cols)
+        return PE_ERROR_ARGUMENT;
+    if (type->scaled && (!w->scales || w->scale_ld < w->rows))
+        return PE_ERROR_ARGUMENT;
+    return PE_OK;
 }
 
 typedef struct {
@@ -201,7 +167,7 @@ static int64_t job_tiles(const pe_matmul_job *job)
     return (job->w.rows + PE_ROW_GRAIN - 1) / PE_ROW_GRAIN;
 }
 
-/* Tiles [begin, end) of all the jobs' rows laid end to end. */
+/* Tiles [begin, end), where the rows of all jobs are counted one job after another. */
 static int32_t matmul_tiles(void *arg, int64_t begin, int64_t end)
 {
     const matmul_args *m = arg;
@@ -210,14 +176,14 @@ static int32_t matmul_tiles(void *arg, int64_t begin, int64_t end)
         int64_t tile0 = begin > first ? begin - first : 0;
         int64_t tile1 = pe_min(end - first, job_tiles(job));
         if (tile0 < tile1)
-            pe_matmul_kernel_for(job->w.type)(&job->w, tile0 * PE_ROW_GRAIN,
-                                              pe_min(tile1 * PE_ROW_GRAIN, job->w.rows), &job->a,
-                                              job->y, job->ldy);
+            pe_active.matmul[job->w.type](&job->w, tile0 * PE_ROW_GRAIN,
+                                          pe_min(tile1 * PE_ROW_GRAIN, job->w.rows), &job->a,
+                                          job->y, job->ldy);
     }
     return PE_OK;
 }
 
-int32_t pe_matmul_many(pe_pool *pool, const pe_matmul_job *jobs, int64_t n_jobs)
+int32_t pe_matmul_jobs(pe_pool *pool, const pe_matmul_job *jobs, int64_t n_jobs)
 {
     int64_t tiles = 0;
     for (int64_t j = 0; j < n_jobs; j++) {
@@ -227,7 +193,7 @@ int32_t pe_matmul_many(pe_pool *pool, const pe_matmul_job *jobs, int64_t n_jobs)
         if (status)
             return status;
         if (w->cols != a->cols || a->tokens < 0 || jobs[j].ldy < w->rows ||
-            (pe_is_dense(w->type) ? !a->x : !a->q || !a->scales))
+            !pe_has_form_for(a, w->type))
             return PE_ERROR_ARGUMENT;
         tiles += job_tiles(&jobs[j]);
     }
@@ -239,18 +205,18 @@ int32_t pe_matmul(pe_pool *pool, const pe_matrix *w, int64_t expert, const pe_ac
                   float *y, int64_t ldy)
 {
     pe_matmul_job job = {pe_matrix_expert(w, expert), *a, y, ldy};
-    return pe_matmul_many(pool, &job, 1);
+    return pe_matmul_jobs(pool, &job, 1);
 }
 
-int32_t pe_matmul_each(pe_pool *pool, const pe_matrix *const *w, int64_t n, const pe_activations *a,
-                       float *y)
+int32_t pe_matmul_shared_input(pe_pool *pool, const pe_matrix *const *w, int64_t n,
+                               const pe_activations *a, float *y)
 {
-    pe_matmul_job jobs[PE_EACH];
-    if (n < 0 || n > PE_EACH || a->tokens < 0)
+    pe_matmul_job jobs[PE_MAX_SHARED];
+    if (n < 0 || n > PE_MAX_SHARED || a->tokens < 0)
         return PE_ERROR_ARGUMENT;
     for (int64_t i = 0; i < n; i++) {
         jobs[i] = (pe_matmul_job){*w[i], *a, y, w[i]->rows};
         y += a->tokens * w[i]->rows;
     }
-    return pe_matmul_many(pool, jobs, n);
+    return pe_matmul_jobs(pool, jobs, n);
 }

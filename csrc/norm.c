@@ -69,8 +69,14 @@ int32_t pe_rms_norm(pe_pool *pool, const float *x, int64_t tokens, int64_t ldx, 
 {
     if (tokens < 0 || heads < 1 || n < 1)
         return PE_ERROR_ARGUMENT;
-    norm_args m = {.x = x, .ldx = ldx, .heads = heads, .head_ld = head_ld, .n = n, .scale = scale,
-                   .eps = eps, .y = y};
+    norm_args m = {.x = x,
+                   .ldx = ldx,
+                   .heads = heads,
+                   .head_ld = head_ld,
+                   .n = n,
+                   .scale = scale,
+                   .eps = eps,
+                   .y = y};
     return pe_pool_run(pool, rms_vectors, &m, tokens * heads, 8);
 }
 
@@ -97,8 +103,8 @@ int32_t pe_rms_norm_gated(pe_pool *pool, const float *x, const float *z, int64_t
 {
     if (rows < 0 || n < 1)
         return PE_ERROR_ARGUMENT;
-    norm_args m = {.x = x, .ldx = n, .heads = 1, .n = n, .scale = weight, .eps = eps, .z = z,
-                   .y = y};
+    norm_args m = {
+        .x = x, .ldx = n, .heads = 1, .n = n, .scale = weight, .eps = eps, .z = z, .y = y};
     return pe_pool_run(pool, gated_vectors, &m, rows, 8);
 }
 
@@ -120,7 +126,7 @@ int32_t pe_l2_norm(pe_pool *pool, const float *x, int64_t tokens, int64_t ldx, i
 {
     if (tokens < 0 || heads < 1 || n < 1)
         return PE_ERROR_ARGUMENT;
-    norm_args m = {.x = x, .ldx = ldx, .heads = heads, .head_ld = n, .n = n, .y = y,
-                   .l2_scale = scale};
+    norm_args m = {
+        .x = x, .ldx = ldx, .heads = heads, .head_ld = n, .n = n, .y = y, .l2_scale = scale};
     return pe_pool_run(pool, l2_vectors, &m, tokens * heads, 8);
 }

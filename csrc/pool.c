@@ -1,8 +1,8 @@
 /* pool.c - threads that spin for a moment, then sleep; see pe_pool_run in kernels.h.
  *
- * Parts are claimed from a counter, large ones first, so that a thread which the system takes away or
- * slows down does not hold up the others for long.  Who computes a part has no influence on it: parts
- * are whole output elements.
+ * Threads claim parts from a counter, large parts first, so that a thread that the system suspends
+ * or slows down does not delay the others for long.  The thread that computes a part has no
+ * influence on the result: parts are whole output elements.
  */
 #define _GNU_SOURCE
 #include "kernels.h"
@@ -17,14 +17,21 @@
 #include <immintrin.h>
 #endif
 
+/* Pauses before a waiting thread sleeps: about 50 to 200 microseconds, by the length of a pause.
+ * This is longer than the time between two operations of one token, so that a thread does not sleep
+ * there, and much shorter than a time slice of the system.  The value is not tuned any further. */
 #define SPINS 4000
-#define SHARES 2 /* a part is what is left, divided by so many for each thread */
+
+/* A part is 1 / (SHARES * threads) of the work that is left.  With 1, the first part of each thread
+ * would be its equal share, and one slow thread would delay the end.  With 2, the largest part is
+ * half an equal share, and the number of claims still grows only with the logarithm of the work. */
+#define SHARES 2
 #define MAX_THREADS 1024
 
 struct pe_pool {
     int32_t n;
     int32_t pin;
-    pid_t owner; /* threads do not survive a fork: elsewhere the caller works alone */
+    pid_t owner; /* threads do not survive a fork: in another process the caller works alone */
     pthread_t threads[MAX_THREADS];
     void *scratch;
     size_t scratch_bytes;
@@ -50,8 +57,8 @@ typedef struct {
 
 /* ---- the floating-point environment ---------------------------------------------------------- */
 
-/* Rounding and subnormals as IEEE 754 has them, whatever the host program has set (a library built
- * with -ffast-math may switch subnormals off for the whole thread). */
+/* Rounding and subnormals as IEEE 754 defines them, for any setting of the host program (a library
+ * built with -ffast-math may switch subnormals off for the whole thread). */
 #if defined(__x86_64__)
 typedef unsigned int fp_state;
 static fp_state fp_enter(void)
@@ -121,7 +128,8 @@ static void work(pe_pool *pool)
     fp_leave(old);
 }
 
-/* Waits for a job other than seen; spins first, since the next one mostly comes within the spins. */
+/* Waits for a job other than seen; spins first, because the next job usually comes within the
+ * spins. */
 static uint_fast32_t wait_for_job(pe_pool *pool, uint_fast32_t seen)
 {
     for (int i = 0; i < SPINS; i++) {
@@ -188,7 +196,7 @@ int32_t pe_pool_run(pe_pool *pool, pe_task *task, void *arg, int64_t items, int6
 
 /* ---- threads --------------------------------------------------------------------------------- */
 
-/* The calling thread to the index-th processor that the process may use; a wish, not a demand. */
+/* Binds the calling thread to the index-th processor that the process may use; best effort. */
 static void pin_thread(int32_t index)
 {
 #if defined(__linux__)

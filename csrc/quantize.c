@@ -3,8 +3,8 @@
 
 #include <math.h>
 
-/* The bits of a float32 without its sign order as the magnitudes do, infinity and NaN above all finite
- * ones. */
+/* The bits of a float32 without its sign have the order of the magnitudes; infinity and NaN are
+ * above all finite values. */
 static uint32_t greatest_magnitude(const float *x, int64_t n)
 {
     int32_t most = 0; /* signed: SSE2 compares no other */
@@ -46,7 +46,18 @@ typedef struct {
     int64_t cols, groups;
     int16_t *q;
     float *scales;
+    int32_t *sums;
 } quantize_args;
+
+static void sum_parts(const int16_t *restrict q, int32_t *restrict sums)
+{
+    for (int p = 0; p < PE_GROUP / PE_PART; p++) {
+        int32_t sum = 0;
+        for (int i = 0; i < PE_PART; i++)
+            sum += q[p * PE_PART + i];
+        sums[p] = sum;
+    }
+}
 
 static int32_t quantize_groups(void *arg, int64_t begin, int64_t end)
 {
@@ -55,20 +66,21 @@ static int32_t quantize_groups(void *arg, int64_t begin, int64_t end)
         int64_t t = i / z->groups, g = i % z->groups;
         int64_t n = pe_min(PE_GROUP, z->cols - g * PE_GROUP);
         int16_t *q = z->q + i * PE_GROUP;
-        int32_t status = pe_active.quantize_group(z->x + t * z->cols + g * PE_GROUP, n, q,
-                                                  z->scales + i);
+        int32_t status =
+            pe_active.quantize_group(z->x + t * z->cols + g * PE_GROUP, n, q, z->scales + i);
         if (status)
             return status;
         memset(q + n, 0, (size_t)(PE_GROUP - n) * sizeof *q);
+        sum_parts(q, z->sums + i * (PE_GROUP / PE_PART));
     }
     return PE_OK;
 }
 
 int32_t pe_quantize_activations(pe_pool *pool, const float *x, int64_t tokens, int64_t cols,
-                                int16_t *q, float *scales)
+                                int16_t *q, float *scales, int32_t *sums)
 {
     if (tokens < 0 || cols < 1)
         return PE_ERROR_ARGUMENT;
-    quantize_args z = {x, cols, pe_groups(cols), q, scales};
+    quantize_args z = {x, cols, pe_groups(cols), q, scales, sums};
     return pe_pool_run(pool, quantize_groups, &z, tokens * z.groups, 64);
 }

@@ -4,67 +4,17 @@
 #include <math.h>
 #include <stdlib.h>
 
-/* ---- float16 --------------------------------------------------------------------------------- */
-
-#define F16_INFINITY 0x7c00
-
-/* The nearest float16 to v >= 0, ties to even, as bits; infinity from 65520 on. */
-static uint16_t f16_nearest(double v)
-{
-    if (v >= 65520.0)
-        return F16_INFINITY;
-    if (v < 0x1p-14) /* subnormal: multiples of 2^-24, to which 2^28 rounds what is added to it */
-        return (uint16_t)(((v + 0x1p28) - 0x1p28) * 0x1p24);
-    /* 42 of the mantissa's 52 bits go; what is carried out of it counts the exponent up, rightly. */
-    uint64_t bits;
-    memcpy(&bits, &v, sizeof bits);
-    bits += ((UINT64_C(1) << 41) - 1) + ((bits >> 42) & 1);
-    return (uint16_t)((bits >> 42) - ((1023 - 15) << 10));
-}
-
 static double f16_value(uint16_t bits) { return (double)pe_f16_to_float(bits); }
 
 /* ---- one row --------------------------------------------------------------------------------- */
 
-/* Stored row `row` of w as float32 [cols], exact. */
-static void load_row(const pe_matrix *w, int64_t row, float *restrict x)
-{
-    const int64_t cols = w->cols;
-    const char *data = w->data;
-    switch (w->type) {
-    case PE_F32:
-        memcpy(x, data + row * cols * 4, (size_t)cols * 4);
-        return;
-    case PE_F16:
-        for (int64_t c = 0; c < cols; c++)
-            x[c] = pe_f16_to_float(pe_load_u16(data + (row * cols + c) * 2));
-        return;
-    case PE_BF16:
-        for (int64_t c = 0; c < cols; c++)
-            x[c] = pe_bf16_to_float(pe_load_u16(data + (row * cols + c) * 2));
-        return;
-    default:
-        pe_active.load_q8_0(data + row * (cols / PE_BLOCK) * (2 + PE_BLOCK), cols / PE_BLOCK, x);
-    }
-}
-
-static void load_q8_0(const void *blocks, int64_t n, float *restrict x)
-{
-    for (int64_t b = 0; b < n; b++) {
-        const char *block = (const char *)blocks + b * (2 + PE_BLOCK);
-        const float scale = pe_f16_to_float(pe_load_u16(block));
-        const int8_t *code = (const int8_t *)block + 2;
-        for (int i = 0; i < PE_BLOCK; i++)
-            x[b * PE_BLOCK + i] = scale * (float)code[i];
-    }
-}
-
 static uint16_t absmax_scale(float amax, int32_t largest)
 {
-    uint16_t scale = f16_nearest((double)amax / largest);
+    uint16_t scale = pe_f16_nearest((double)amax / largest);
     if (scale == 0)
         scale = 1;
-    if ((double)amax >= (largest + 0.5) * f16_value(scale)) /* exact; the tie's even side is beyond */
+    if ((double)amax >=
+        (largest + 0.5) * f16_value(scale)) /* exact; the tie's even side is beyond */
         scale++;
     return scale;
 }
@@ -73,10 +23,10 @@ static uint16_t absmax_scale(float amax, int32_t largest)
 #define CANDIDATES 65
 #define LANES PE_SCALES_AT_ONCE
 
-/* A quotient in float32 gives the same code: quantize_weights_avx2.c says why.  Adding and taking away
- * 1.5 * 2^23 is rint, but for the sign of a zero, which no square shows; and it is a sum, so that it
- * vectorises. */
-static void squared_errors(const float *x, int64_t n, const double *scale, float largest, double *sum)
+/* A quotient in float32 gives the same code: see quantize_weights_avx2.h.  Adding and subtracting
+ * 1.5 * 2^23 is rint, except for the sign of a zero, which no square shows; sums vectorise. */
+static void squared_errors(const float *x, int64_t n, const double *scale, float largest,
+                           double *sum)
 {
     const float round = 0x1.8p23f;
     float s[LANES];
@@ -95,8 +45,8 @@ static void squared_errors(const float *x, int64_t n, const double *scale, float
     }
 }
 
-/* Whether clipping the greatest magnitude alone costs `least`: then it does with any smaller scale, and
- * the rest of a group can only add to it. */
+/* Whether clipping the greatest magnitude alone costs `least` or more.  Then it does so with any
+ * smaller scale, and the rest of a group can only add to the cost. */
 static int clips_too_much(double amax, double scale, double largest, double least)
 {
     const double error = amax - largest * scale;
@@ -109,7 +59,7 @@ static uint16_t mse_scale(const float *x, int64_t n, double amax, uint16_t absma
     double least = INFINITY, scale[LANES], sum[LANES];
     for (int first = 0; first < CANDIDATES && least > 0.0; first += LANES) {
         for (int j = 0; j < LANES; j++) {
-            candidate[j] = f16_nearest(f16_value(absmax) * ((256 - first - j) / 256.0));
+            candidate[j] = pe_f16_nearest(f16_value(absmax) * ((256 - first - j) / 256.0));
             scale[j] = candidate[j] ? f16_value(candidate[j]) : 1.0;
         }
         if (!candidate[0] || clips_too_much(amax, scale[0], largest, least))
@@ -138,7 +88,7 @@ static int32_t quantize_weight_group(const float *x, int64_t n, int32_t largest,
         return PE_OK;
     }
     *scale = absmax_scale(amax, largest);
-    if (*scale >= F16_INFINITY)
+    if (*scale >= PE_F16_INFINITY)
         return PE_ERROR_NONFINITE;
     if (method == PE_SCALE_MSE)
         *scale = mse_scale(x, n, amax, *scale, largest);
@@ -159,7 +109,6 @@ void pe_fill_scalar_quantize_weights(pe_kernels *k)
 {
     k->encode_group = encode_group;
     k->squared_errors = squared_errors;
-    k->load_q8_0 = load_q8_0;
 }
 
 /* ---- the operation --------------------------------------------------------------------------- */
@@ -177,7 +126,10 @@ static int32_t quantize_row(const weights_args *q, int64_t i, float *x, float *o
 {
     const int64_t cols = q->w.cols, groups = (cols + q->group_size - 1) / q->group_size;
     const int64_t row = q->row0 + i;
-    load_row(&q->w, q->row_order ? q->row_order[row] : row, x);
+    const pe_weight_type *type = pe_type(q->w.type);
+    const int64_t stored = q->row_order ? q->row_order[row] : row;
+    type->load((const char *)q->w.data + stored * (cols / type->block_cols) * type->block_bytes,
+               cols, x);
     if (q->col_order) {
         for (int64_t c = 0; c < cols; c++)
             ordered[c] = x[q->col_order[c]];
@@ -185,9 +137,9 @@ static int32_t quantize_row(const weights_args *q, int64_t i, float *x, float *o
     }
     for (int64_t g = 0; g < groups; g++) {
         int64_t first = g * q->group_size;
-        int32_t status = quantize_weight_group(
-            x + first, pe_min(q->group_size, cols - first), q->largest, q->method,
-            q->codes + i * cols + first, q->scales + i * groups + g);
+        int32_t status = quantize_weight_group(x + first, pe_min(q->group_size, cols - first),
+                                               q->largest, q->method, q->codes + i * cols + first,
+                                               q->scales + i * groups + g);
         if (status)
             return status;
     }
@@ -215,12 +167,19 @@ int32_t pe_quantize_weights(pe_pool *pool, const pe_matrix *w, int64_t expert,
     int32_t status = pe_matrix_check(w);
     if (status)
         return status;
-    if (w->type == PE_INT8 || w->type == PE_INT4 || row0 < 0 || row1 > w->rows || row0 > row1 ||
+    if (!pe_type(w->type)->load || row0 < 0 || row1 > w->rows || row0 > row1 ||
         (largest != 127 && largest != 7) || group_size < 1 ||
         (method != PE_SCALE_ABSMAX && method != PE_SCALE_MSE))
         return PE_ERROR_ARGUMENT;
-    weights_args q = {pe_matrix_expert(w, expert), row_order, col_order, row0, group_size, largest,
-                      method, codes, scales};
+    weights_args q = {pe_matrix_expert(w, expert),
+                      row_order,
+                      col_order,
+                      row0,
+                      group_size,
+                      largest,
+                      method,
+                      codes,
+                      scales};
     return pe_pool_run(pool, quantize_rows, &q, row1 - row0, 8);
 }
 

@@ -1,5 +1,5 @@
-/* rope.c - see pe_rope_table and pe_rope in pyengine.h.  One definition serves every level: the table
- * is made once per forward pass and the rotation is two products an element. */
+/* rope.c - see pe_rope_table and pe_rope in pyengine.h.  One definition serves every level: the
+ * table is made once per forward pass, and the rotation is two products per element. */
 #include "kernels.h"
 
 /* pi/2 in three parts; the first two have 28 bits, so that times k < 2^25 they are exact. */

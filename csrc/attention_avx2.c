@@ -1,9 +1,0 @@
-/* attention_avx2.c - see attention_x86.h. */
-#include "attention_x86.h"
-
-void pe_fill_avx2_attention(pe_kernels *k)
-{
-    k->load_f16 = load_f16;
-    k->attention_scores = attention_scores;
-    k->attention_mix = attention_mix;
-}
