@@ -13,35 +13,45 @@ A string is its length as u64, then its bytes. An array is its element type u32,
 its length u64, then its elements.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
-import mmap
+import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from numpy.typing import NDArray
 
-from pyengine.errors import FileFormatError
-from pyengine.files.mapped import map_file
+from .._core import ffi, lib
+from ..errors import FileFormatError
+from .ggml_blocks import BY_GGML, BY_NAME, BlockType
+from .mapped import MappedFile, map_file
+from .mapped_tensor import MappedTensor
+from .refused import first_refused
 
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
 MAX_KEY_BYTES = 65535  # the specification's limit
 MAX_NAME_BYTES = 64  # the specification's limit
 MAX_DIMS = 4
-MAX_ENTRIES = 1 << 16  # keys, and tensors; what a file may make us walk is bounded, since a
-MAX_STRINGS = 1 << 22  # sparse file costs nothing: strings in all arrays together, bools in one
+# Bounds of what is read in a loop, since a sparse file of any size costs its maker nothing.
+MAX_ENTRIES = 1 << 16  # keys, and tensors
+MAX_STRINGS = 1 << 22  # strings in all arrays together, bools in one array
 
-# What one entry takes at least; bounds the counts before any loop is entered.
+STRINGS_AT_ONCE = 4096  # that are stepped over: bounds the memory for their positions
+
+# The smallest size of one entry: it bounds the counts before a loop begins.
 MIN_KEY_VALUE_BYTES = 8 + 1 + 4 + 1
 MIN_TENSOR_INFO_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 
-SCALAR_DTYPES = {
+SCALAR_DTYPES: dict[GGUFValueType, np.dtype[Any]] = {
     GGUFValueType.UINT8: np.dtype("u1"),
     GGUFValueType.INT8: np.dtype("i1"),
     GGUFValueType.UINT16: np.dtype("<u2"),
@@ -55,24 +65,6 @@ SCALAR_DTYPES = {
     GGUFValueType.BOOL: np.dtype("?"),
 }
 
-PLAIN_DTYPES = {
-    GGMLQuantizationType.F32: np.dtype("<f4"),
-    GGMLQuantizationType.F16: np.dtype("<f2"),
-    GGMLQuantizationType.BF16: np.dtype("<u2"),
-}
-BLOCK_TYPES = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0)
-
-# Per type: the word that can be non-finite (a block's float16 scale, its first
-# word, or the element itself), and its exponent bits, all ones when it is.
-EXPONENT_BITS = {
-    GGMLQuantizationType.F32: (np.dtype("<u4"), 0x7F800000),
-    GGMLQuantizationType.F16: (np.dtype("<u2"), 0x7C00),
-    GGMLQuantizationType.BF16: (np.dtype("<u2"), 0x7F80),
-    GGMLQuantizationType.Q8_0: (np.dtype("<u2"), 0x7C00),
-    GGMLQuantizationType.Q4_0: (np.dtype("<u2"), 0x7C00),
-}
-SCAN_CHUNK_BYTES = 64 << 20
-
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
@@ -84,20 +76,20 @@ class ValueType(NamedTuple):
     """The stored type of a metadata value; element and length are None unless it is an array."""
 
     kind: GGUFValueType
-    element: Optional[GGUFValueType] = None
-    length: Optional[int] = None
+    element: GGUFValueType | None = None
+    length: int | None = None
 
-    def __str__(self):
-        if self.kind != GGUFValueType.ARRAY:
-            return self.kind.name.lower()
+    def __str__(self) -> str:
+        if self.kind != GGUFValueType.ARRAY or self.element is None:
+            return str(self.kind.name.lower())
         return f"array of {self.length} {self.element.name.lower()}"
 
-    def python_type(self):
+    def python_type(self) -> type:
         """int, float, bool, str, or list for an array."""
         return list if self.kind == GGUFValueType.ARRAY else _python_type(self.kind)
 
 
-class Metadata(Mapping):
+class Metadata(Mapping[str, Any]):
     """Keys -> values, decoded at each access and not kept.
 
     Scalars come as int, float, bool or str; numeric and bool arrays as read-only
@@ -105,48 +97,45 @@ class Metadata(Mapping):
     UTF-8 is a FileFormatError; `raw_strings` still gives its bytes.
     """
 
-    def __init__(self, path, buffer, values):
+    def __init__(self, path: Path, buffer: MappedFile, values: dict[str, tuple[ValueType, int]]):
         self._path = path
         self._buffer = buffer
         self._values = values  # key -> (ValueType, position of the value)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._values)
 
-    def __contains__(self, key):  # Mapping's own would decode the value
+    def __contains__(self, key: object) -> bool:  # Mapping's own would decode the value
         return key in self._values
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> Any:
         value_type, position = self._values[key]
         if GGUFValueType.STRING in (value_type.kind, value_type.element):
             strings = self._decode(key, self.raw_strings(key))
             return strings if value_type.kind == GGUFValueType.ARRAY else strings[0]
-        if value_type.kind == GGUFValueType.ARRAY:
+        if value_type.element is not None and value_type.length is not None:
             dtype = SCALAR_DTYPES[value_type.element]
             return np.ndarray((value_type.length,), dtype, self._buffer, position)
         return np.ndarray((), SCALAR_DTYPES[value_type.kind], self._buffer, position).item()
 
-    def type_of(self, key):
+    def type_of(self, key: str) -> ValueType:
         """-> ValueType; KeyError when absent. Decodes nothing."""
         return self._values[key][0]
 
-    def raw_strings(self, key):
+    def raw_strings(self, key: str) -> list[bytes]:
         """The undecoded strings of a string array (or of one string) -> list[bytes]."""
         value_type, position = self._values[key]
         if GGUFValueType.STRING not in (value_type.kind, value_type.element):
             raise FileFormatError(self._path, key, f"want strings, got {value_type}")
         count = 1 if value_type.length is None else value_type.length
-        strings = []
-        for _ in range(count):
-            start = position + 8
-            position = start + _U64.unpack_from(self._buffer, position)[0]
-            strings.append(self._buffer[start:position])
-        return strings
+        ends = string_ends(self._buffer, position, count).tolist()
+        data = self._buffer[position : position + ends[-1]] if ends else b""
+        return [data[start + 8 : end] for start, end in zip([0, *ends], ends)]
 
-    def require(self, key, type, of=None):
+    def require(self, key: str, type: type, of: type | None = None) -> Any:
         """The value of `key`, which must be an int, float, bool, str or list.
 
         `of` also fixes the element type of a list. No conversions: a bool is no
@@ -163,7 +152,7 @@ class Metadata(Mapping):
             raise FileFormatError(self._path, key, f"want {want}, got {value_type}")
         return self[key]
 
-    def _decode(self, key, strings):
+    def _decode(self, key: str, strings: list[bytes]) -> list[str]:
         try:
             return [string.decode() for string in strings]
         except UnicodeDecodeError:
@@ -172,13 +161,23 @@ class Metadata(Mapping):
             raise FileFormatError(self._path, key, problem) from None
 
 
-def _python_type(kind):
+def string_ends(buffer: MappedFile, position: int, count: int) -> NDArray[np.int64]:
+    """Where each of `count` strings ends, in bytes from `position`; of those within the file alone."""
+    ends = np.empty(count, np.int64)
+    data = ffi.from_buffer(np.frombuffer(buffer, np.uint8)[position:])
+    whole: NDArray[np.int64] = ends[
+        : lib.pe_string_ends(data, len(data), count, ffi.from_buffer("int64_t[]", ends))
+    ]
+    return whole
+
+
+def _python_type(kind: GGUFValueType) -> type:
     if kind == GGUFValueType.STRING:
         return str
     return {"b": bool, "f": float}.get(SCALAR_DTYPES[kind].kind, int)
 
 
-def _is_utf8(string):
+def _is_utf8(string: bytes) -> bool:
     try:
         string.decode()
     except UnicodeDecodeError:
@@ -190,111 +189,66 @@ def _is_utf8(string):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GGUFTensor:
+class GGUFTensor(MappedTensor):
     """One tensor of a mapped file; `shape` is row-major, ggml's dimensions reversed."""
 
-    path: Path
-    name: str
     type: GGMLQuantizationType
-    shape: tuple
-    nbytes: int
-    offset: int  # from the start of the file
-    _buffer: mmap.mmap = dataclasses.field(repr=False)
 
     @property
-    def data(self):
+    def data(self) -> NDArray[Any]:
         """Read-only view of the file.
 
-        F32 and F16: that dtype and `shape`; BF16: its bits, uint16 of `shape`;
-        Q8_0 and Q4_0: uint8 [*shape[:-1], bytes per row]. FileFormatError on
-        every other type.
+        Of a dense type [*shape], of another one uint8 [*shape[:-1], bytes per row]: see
+        `ggml_blocks`.  FileFormatError on a type that has no row there.
         """
-        if self.type in PLAIN_DTYPES:
-            return np.ndarray(self.shape, PLAIN_DTYPES[self.type], self._buffer, self.offset)
-        if self.type in BLOCK_TYPES:
-            block, block_bytes = GGML_QUANT_SIZES[self.type]
-            shape = (*self.shape[:-1], self.shape[-1] // block * block_bytes)
-            return np.ndarray(shape, np.uint8, self._buffer, self.offset)
-        supported = ", ".join(t.name for t in (*PLAIN_DTYPES, *BLOCK_TYPES))
-        problem = f"want type {supported}, got {self.type.name}"
-        raise FileFormatError(self.path, f"tensor {self.name}", problem)
+        row = self.block_type
+        shape = (*self.shape[:-1], row.stored_columns(self.shape[-1]))
+        view: NDArray[Any] = np.ndarray(shape, row.dtype, self._buffer, self.offset)
+        return view
+
+    @property
+    def block_type(self) -> BlockType:
+        """The type's row of `ggml_blocks`.  FileFormatError when it has none."""
+        if self.type not in BY_GGML:
+            problem = f"want type {', '.join(BY_NAME)}, got {self.type.name}"
+            raise FileFormatError(self.path, f"tensor {self.name}", problem)
+        return BY_GGML[self.type]
 
 
-def dequantize(tensor, rows=slice(None)):
+def dequantize(tensor: GGUFTensor, rows: Any = slice(None)) -> NDArray[np.float32]:
     """The exact values of `tensor`, or of `rows` along its first axis -> float32.
 
     rows: slice, integer or integer array. The shape is that of indexing an array
     of `tensor.shape`. An F32 tensor comes as a read-only view, all others as new
     arrays. Non-finite scales give non-finite values, without a warning.
     """
-    data = tensor.data
-    if tensor.type in PLAIN_DTYPES:
-        return _plain_to_float32(data[rows], tensor.type)
+    data, row = tensor.data, tensor.block_type
     if len(tensor.shape) == 1:  # its elements share blocks: unpack, then index
-        return blocks_to_float32(data, tensor.type)[rows]
-    return blocks_to_float32(data[rows], tensor.type)
+        values: NDArray[np.float32] = row.to_float32(data)[rows]
+        return values
+    return row.to_float32(data[rows])
 
 
-def _plain_to_float32(values, ggml_type):
-    if ggml_type == GGMLQuantizationType.BF16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
+def first_nonfinite_scale(tensor: GGUFTensor) -> tuple[int, ...] | None:
+    """Index of the first scale that the type refuses, as a rule NaN or infinity, or None: see `BlockType`.
 
-
-def blocks_to_float32(data, ggml_type):
-    """Q8_0 or Q4_0 blocks, uint8 [..., bytes per row] -> float32 [..., columns], exact."""
-    block, block_bytes = GGML_QUANT_SIZES[ggml_type]
-    lead, n_blocks = data.shape[:-1], data.shape[-1] // block_bytes
-    blocks = data.reshape(*lead, n_blocks, block_bytes)
-    scales = blocks[..., :2].view("<f2").astype(np.float32)
-    codes = _codes_q8_0 if ggml_type == GGMLQuantizationType.Q8_0 else codes_q4_0
-    # A float16 scale has 11 significant bits and a code at most 8: float32 holds the product.
-    with np.errstate(invalid="ignore"):
-        values = codes(blocks).astype(np.float32)
-        values *= scales
-    return values.reshape(*lead, n_blocks * block)
-
-
-def _codes_q8_0(blocks):
-    """uint8 [..., 34] -> int8 [..., 32]."""
-    return blocks[..., 2:].view(np.int8)
-
-
-def codes_q4_0(blocks):
-    """uint8 [..., 18] -> int8 [..., 32]: low nibbles are elements 0..15, high ones 16..31."""
-    packed = blocks[..., 2:]
-    nibbles = np.concatenate([packed & 0x0F, packed >> 4], axis=-1)
-    return nibbles.view(np.int8) - np.int8(8)
-
-
-def first_nonfinite_scale(tensor):
-    """Index of the first NaN or infinity, or None when all is finite.
-
-    Q8_0, Q4_0: the index of the block whose scale it is, (*row index, block in
-    the row); F32, F16, BF16: the index of the element. Temporaries stay below 64 MiB.
+    Of a dense type the index of the element; of another one that of the block whose scale it is, (*row
+    index, block in the row).  Every page is read once.
     """
-    word, exponent = EXPONENT_BITS.get(tensor.type, (None, None))
-    data = tensor.data  # raises for a type that is not in the table
-    block, block_bytes = GGML_QUANT_SIZES[tensor.type]
-    shape = (*tensor.shape[:-1], tensor.shape[-1] // block)
-    # One word out of every block_bytes, without touching the bytes between.
-    words = np.ndarray((math.prod(shape),), word, data, strides=(block_bytes,))
-    step = SCAN_CHUNK_BYTES // (2 * word.itemsize)
-    for start in range(0, words.size, step):
-        nonfinite = (words[start : start + step] & exponent) == exponent
-        if nonfinite.any():
-            index = np.unravel_index(start + int(nonfinite.argmax()), shape)
-            return tuple(int(i) for i in index)
-    return None
+    return first_refused(tensor.block_type, tensor.stored_bytes, tensor.shape)
 
 
 # --- the header -------------------------------------------------------------
 
 
+# A tensor's type, row-major shape, bytes, and offset from the start of the data.
+TensorInfo = tuple[GGMLQuantizationType, tuple[int, ...], int, int]
+
+
 class _Header:
     """Reads one file's header front to back; every read is checked against the file's end."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self.path = path
         self.buffer = map_file(path)
         self.size = len(self.buffer)
@@ -305,10 +259,10 @@ class _Header:
         self.alignment = self._read_alignment()
         self.tensors = self._read_tensors(n_tensors)
 
-    def fail(self, field, problem):
+    def fail(self, field: str, problem: str) -> NoReturn:
         raise FileFormatError(self.path, field, problem)
 
-    def _take(self, nbytes, field):
+    def _take(self, nbytes: int, field: str) -> int:
         """Step over `nbytes` -> their position."""
         position, left = self.position, self.size - self.position
         if nbytes > left:
@@ -316,13 +270,15 @@ class _Header:
         self.position += nbytes
         return position
 
-    def _u32(self, field):
-        return _U32.unpack_from(self.buffer, self._take(4, field))[0]
+    def _u32(self, field: str) -> int:
+        value: int = _U32.unpack_from(self.buffer, self._take(4, field))[0]
+        return value
 
-    def _u64(self, field):
-        return _U64.unpack_from(self.buffer, self._take(8, field))[0]
+    def _u64(self, field: str) -> int:
+        value: int = _U64.unpack_from(self.buffer, self._take(8, field))[0]
+        return value
 
-    def _name(self, field, limit):
+    def _name(self, field: str, limit: int) -> str:
         """A key or a tensor's name -> str."""
         length = self._u64(field)
         if not 1 <= length <= limit:
@@ -333,7 +289,7 @@ class _Header:
             self.fail(field, f"want UTF-8, got {name!r}")
         return name.decode()
 
-    def _read_preamble(self):
+    def _read_preamble(self) -> tuple[int, int, int]:
         start = self._take(4, "magic")
         magic = self.buffer[start : start + 4]
         if magic != b"GGUF":
@@ -345,17 +301,17 @@ class _Header:
             self.fail("version", f"want 2 or 3, got {version}")
         return version, self._u64("tensor count"), self._u64("key count")
 
-    def _check_count(self, field, count, min_bytes):
+    def _check_count(self, field: str, count: int, min_bytes: int) -> None:
         limit = (self.size - self.position) // min_bytes
         if count > limit:
             self.fail(field, f"want at most {limit} in what is left of the file, got {count}")
         if count > MAX_ENTRIES:
             self.fail(field, f"want at most {MAX_ENTRIES}, got {count}")
 
-    def _read_values(self, count):
+    def _read_values(self, count: int) -> dict[str, tuple[ValueType, int]]:
         """-> dict: key -> (ValueType, position of the value, after an array's own header)."""
         self._check_count("key count", count, MIN_KEY_VALUE_BYTES)
-        values = {}
+        values: dict[str, tuple[ValueType, int]] = {}
         for index in range(count):
             key = self._name(f"key {index}", MAX_KEY_BYTES)
             if key in values:
@@ -363,14 +319,14 @@ class _Header:
             values[key] = self._read_value(key)
         return values
 
-    def _value_type(self, key):
+    def _value_type(self, key: str) -> GGUFValueType:
         code = self._u32(key)
         try:
             return GGUFValueType(code)
         except ValueError:
             self.fail(key, f"want a value type of 0 to 12, got {code}")
 
-    def _read_value(self, key):
+    def _read_value(self, key: str) -> tuple[ValueType, int]:
         kind = self._value_type(key)
         if kind == GGUFValueType.STRING:
             position = self.position
@@ -385,18 +341,18 @@ class _Header:
         skip = self._skip_strings if element == GGUFValueType.STRING else self._skip_numbers
         return ValueType(kind, element, length), skip(key, element, length)
 
-    def _skip_numbers(self, key, kind, count):
+    def _skip_numbers(self, key: str, kind: GGUFValueType, count: int) -> int:
         """Step over `count` scalars -> the position of the first."""
         position = self._take(count * SCALAR_DTYPES[kind].itemsize, key)
         if kind == GGUFValueType.BOOL:
             if count > MAX_STRINGS:
                 self.fail(key, f"want at most {MAX_STRINGS} bools, got {count}")
-            stored = np.ndarray((count,), np.uint8, self.buffer, position)
+            stored: NDArray[np.uint8] = np.ndarray((count,), np.uint8, self.buffer, position)
             if (stored > 1).any():
                 self.fail(key, f"want bools of 0 or 1, got {stored[stored > 1][0]}")
         return position
 
-    def _skip_strings(self, key, kind, count):
+    def _skip_strings(self, key: str, kind: GGUFValueType, count: int) -> int:
         """Step over `count` strings -> the position of the first.
 
         A length leads to the next one, so this walk is the only way to the next
@@ -406,35 +362,32 @@ class _Header:
         if count > limit:
             self.fail(key, f"want at most {limit} strings, got {count}")
         self.strings_left -= count
-        start = position = self.position
-        buffer, length_at = self.buffer, _U64.unpack_from
-        try:
-            for _ in range(count):
-                position += 8 + length_at(buffer, position)[0]
-        except (struct.error, OverflowError):
-            position = self.size + 1
-        if position > self.size:
-            self.fail(key, "want its strings within the file, got one that runs past the end")
-        self.position = position
+        start = self.position
+        for first in range(0, count, STRINGS_AT_ONCE):
+            some = min(STRINGS_AT_ONCE, count - first)
+            ends = string_ends(self.buffer, self.position, some)
+            if len(ends) < some:
+                self.fail(key, "want its strings within the file, got one that runs past the end")
+            self.position += int(ends[-1])
         return start
 
-    def _read_alignment(self):
+    def _read_alignment(self) -> int:
         key = "general.alignment"
         if key not in self.metadata:
             return DEFAULT_ALIGNMENT
         value_type = self.metadata.type_of(key)
         if value_type.kind != GGUFValueType.UINT32:
             self.fail(key, f"want uint32, got {value_type}")
-        alignment = self.metadata[key]
+        alignment: int = self.metadata[key]
         # The specification's multiple of 8; it also keeps every F32 view aligned.
         if not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             self.fail(key, f"want a power of two from 8 to {MAX_ALIGNMENT}, got {alignment}")
         return alignment
 
-    def _read_tensors(self, count):
+    def _read_tensors(self, count: int) -> dict[str, GGUFTensor]:
         """-> dict: name -> GGUFTensor, in file order."""
         self._check_count("tensor count", count, MIN_TENSOR_INFO_BYTES)
-        infos = {}
+        infos: dict[str, TensorInfo] = {}
         for index in range(count):
             name = self._name(f"tensor {index}", MAX_NAME_BYTES)
             if name in infos:
@@ -443,13 +396,11 @@ class _Header:
         data_start = -(-self.position // self.alignment) * self.alignment
         self._check_ranges(infos, data_start)
         return {
-            name: GGUFTensor(
-                self.path, name, ggml_type, shape, nbytes, data_start + offset, self.buffer
-            )
+            name: GGUFTensor(self.path, name, shape, nbytes, data_start + offset, self.buffer, ggml_type)
             for name, (ggml_type, shape, nbytes, offset) in infos.items()
         }
 
-    def _read_tensor_info(self, field):
+    def _read_tensor_info(self, field: str) -> TensorInfo:
         """-> (ggml type, row-major shape, nbytes, offset from the start of the data)."""
         n_dims = self._u32(field)
         if not 1 <= n_dims <= MAX_DIMS:
@@ -461,29 +412,29 @@ class _Header:
         nbytes = self._tensor_nbytes(field, dims, ggml_type)
         return ggml_type, dims[::-1], nbytes, self._u64(field)
 
-    def _tensor_type(self, field):
+    def _tensor_type(self, field: str) -> GGMLQuantizationType:
         code = self._u32(field)
         try:
             ggml_type = GGMLQuantizationType(code)
             GGML_QUANT_SIZES[ggml_type]
         except (ValueError, KeyError):
-            self.fail(field, f"want a known ggml type, got {code}")
+            self.fail(field, f"want type {', '.join(BY_NAME)}, got ggml's number {code}")
         return ggml_type
 
-    def _tensor_nbytes(self, field, dims, ggml_type):
+    def _tensor_nbytes(self, field: str, dims: tuple[int, ...], ggml_type: GGMLQuantizationType) -> int:
         block, block_bytes = GGML_QUANT_SIZES[ggml_type]
         if dims[0] % block:
             want = f"rows of a multiple of {block} for {ggml_type.name}"
             self.fail(field, f"want {want}, got {dims[0]}")
-        nbytes = math.prod(dims) // block * block_bytes
+        nbytes: int = math.prod(dims) // block * block_bytes
         if max(nbytes, math.prod(dims)) >= 1 << 63:
             self.fail(field, f"want fewer than 2^63 elements and bytes, got dimensions {dims}")
         return nbytes
 
-    def _check_ranges(self, infos, data_start):
+    def _check_ranges(self, infos: dict[str, TensorInfo], data_start: int) -> None:
         """Every range aligned, inside the file, and apart from the others."""
         data_size = max(0, self.size - data_start)
-        end, before = 0, None
+        end, before = 0, ""
         for name, (_, _, nbytes, offset) in sorted(infos.items(), key=lambda item: item[1][3]):
             field = f"tensor {name}"
             if offset % self.alignment:
@@ -511,42 +462,44 @@ class GGUF:
     """
 
     @classmethod
-    def open(cls, path):
+    def open(cls, path: str | os.PathLike[str]) -> GGUF:
         """Open a file, or the first split and with it all others. FileFormatError on any fault."""
         first = _Header(Path(path))
         return cls([first, *_open_other_splits(first)])
 
-    def __init__(self, headers):
+    def __init__(self, headers: Sequence[_Header]):
         first = headers[0]
         self.path, self.version, self.alignment = first.path, first.version, first.alignment
         self.metadata = first.metadata
         self.paths = tuple(header.path for header in headers)
         self.size = sum(header.size for header in headers)
-        self.tensors = MappingProxyType(_merge_tensors(headers))
+        self.tensors: Mapping[str, GGUFTensor] = MappingProxyType(_merge_tensors(headers))
         self.maps = tuple(header.buffer for header in headers)
 
-    def check_unchanged(self):
+    def check_unchanged(self) -> None:
         """FileFormatError if a file is no longer what was opened: see `MappedFile`."""
         for mapped in self.maps:
             mapped.check_unchanged()
 
 
-def _open_other_splits(first):
+def _open_other_splits(first: _Header) -> list[_Header]:
     """The first split's header -> those of splits 1 .. split.count - 1."""
     if "split.count" not in first.metadata:
         return []
-    count = first.metadata.require("split.count", int)
+    count: int = first.metadata.require("split.count", int)
     if count <= 1:
         return []
-    _check_split_number(first, 0)
     name = SPLIT_NAME.fullmatch(first.path.name)
+    _check_split_number(
+        first, 0, f": give the path of {name['stem']}-00001-of-{count:05d}.gguf" if name else ""
+    )
     if not name or int(name["number"]) != 1 or int(name["count"]) != count:
         want = f"NAME-00001-of-{count:05d}.gguf"
         raise FileFormatError(first.path, "file name", f"want {want}, got {first.path.name}")
     return [_open_split(first, name["stem"], number, count) for number in range(1, count)]
 
 
-def _open_split(first, stem, number, count):
+def _open_split(first: _Header, stem: str, number: int, count: int) -> _Header:
     path = first.path.with_name(f"{stem}-{number + 1:05d}-of-{count:05d}.gguf")
     split = _Header(path)
     got = split.metadata.require("split.count", int)
@@ -556,14 +509,15 @@ def _open_split(first, stem, number, count):
     return split
 
 
-def _check_split_number(split, number):
+def _check_split_number(split: _Header, number: int, advice: str = "") -> None:
     got = split.metadata.require("split.no", int)
     if got != number:
-        raise FileFormatError(split.path, "split.no", f"want {number}, got {got}")
+        raise FileFormatError(split.path, "split.no", f"want {number}, got {got}{advice}")
 
 
-def _merge_tensors(headers):
-    first, tensors = headers[0], {}
+def _merge_tensors(headers: Sequence[_Header]) -> dict[str, GGUFTensor]:
+    first = headers[0]
+    tensors: dict[str, GGUFTensor] = {}
     for header in headers:
         for name, tensor in header.tensors.items():
             if name in tensors:

@@ -5,29 +5,38 @@ name -> {dtype, shape, data_offsets} and "__metadata__" | data, which the
 tensors' ranges cover exactly.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
 import math
-import mmap
 import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pyengine.errors import CheckpointError, FileFormatError, quote
-from pyengine.files.mapped import map_file
-from pyengine.files.output import OutputFile
-from pyengine.files.strict_json import MAX_BYTES as MAX_HEADER_BYTES
-from pyengine.files.strict_json import parse_object, read_object
+from ..errors import CheckpointError, FileFormatError, quote
+from .mapped import MappedFile, map_file
+from .mapped_tensor import MappedTensor
+from .output import OutputFile
+from .strict_json import MAX_BYTES as MAX_HEADER_BYTES
+from .strict_json import parse_object, read_object
+from .whole import WholeFile
+
+PathLike = str | os.PathLike[str]
+Optional = Callable[[str], bool]  # whether a tensor may be absent
 
 MAX_DIMS = 32  # also keeps the product of hostile dimensions small
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-# What NumPy has no type for comes as its stored bits.
-DTYPES = {
+# A dtype that NumPy lacks is given as its stored bits.
+DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("u1"),
     "U8": np.dtype("u1"),
     "I8": np.dtype("i1"),
@@ -47,21 +56,16 @@ DTYPES = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TensorView:
+class TensorView(MappedTensor):
     """One tensor of a mapped file; `dtype` is the format's own name for it."""
 
-    path: Path
-    name: str
     dtype: str
-    shape: tuple
-    nbytes: int
-    offset: int  # from the start of the file
-    _buffer: mmap.mmap = dataclasses.field(repr=False)
 
     @property
-    def data(self):
+    def data(self) -> NDArray[Any]:
         """Read-only view of the file, DTYPES[dtype] of `shape`; BF16 as uint16."""
-        return np.ndarray(self.shape, DTYPES[self.dtype], self._buffer, self.offset)
+        view: NDArray[Any] = np.ndarray(self.shape, DTYPES[self.dtype], self._buffer, self.offset)
+        return view
 
 
 # --- one file ---------------------------------------------------------------
@@ -72,29 +76,27 @@ class SafetensorsFile:
     metadata: dict[str, str]; path; size in bytes."""
 
     @classmethod
-    def open(cls, path):
+    def open(cls, path: PathLike) -> SafetensorsFile:
         """Map the file and check its whole header. FileFormatError on any fault."""
         return cls(Path(path))
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self.path = path
         buffer = map_file(path)
         self.size = len(buffer)
         header, data_start = _read_header(path, buffer)
         self.metadata = _check_metadata(path, header.pop("__metadata__", {}))
-        tensors = {
-            name: _view(path, buffer, data_start, name, entry) for name, entry in header.items()
-        }
+        tensors = {name: _view(path, buffer, data_start, name, entry) for name, entry in header.items()}
         _check_tiling(path, tensors.values(), data_start, self.size)
-        self.tensors = MappingProxyType(tensors)
+        self.tensors: Mapping[str, TensorView] = MappingProxyType(tensors)
         self.mapped = buffer
 
-    def check_unchanged(self):
+    def check_unchanged(self) -> None:
         """FileFormatError if the file is no longer what was opened: see `MappedFile`."""
         self.mapped.check_unchanged()
 
 
-def _read_header(path, buffer):
+def _read_header(path: Path, buffer: MappedFile) -> tuple[dict[str, Any], int]:
     """-> (dict, position of the data)."""
     if len(buffer) < 8:
         raise FileFormatError(path, "header length", f"want 8 bytes, got {len(buffer)}")
@@ -105,14 +107,14 @@ def _read_header(path, buffer):
     return parse_object(path, "header", buffer[8 : 8 + length]), 8 + length
 
 
-def _check_metadata(path, metadata):
+def _check_metadata(path: Path, metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         problem = f"want an object of strings, got {quote(metadata)}"
         raise FileFormatError(path, "__metadata__", problem)
     return metadata
 
 
-def _view(path, buffer, data_start, name, entry):
+def _view(path: Path, buffer: MappedFile, data_start: int, name: str, entry: object) -> TensorView:
     """One header entry, checked by itself -> TensorView; its range is not checked yet."""
     field = f"tensor {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -136,18 +138,18 @@ def _view(path, buffer, data_start, name, entry):
     if _nbytes(dtype, [n for n in shape if n]) >= 1 << 63:  # NumPy refuses it, empty or not
         problem = f"want sizes whose product is below 2^63, got {shape}"
         raise FileFormatError(path, field, problem)
-    return TensorView(path, name, dtype, tuple(shape), nbytes, data_start + begin, buffer)
+    return TensorView(path, name, tuple(shape), nbytes, data_start + begin, buffer, dtype)
 
 
-def _are_sizes(values):
+def _are_sizes(values: object) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
 
 
-def _nbytes(dtype, shape):
+def _nbytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
 
 
-def _check_tiling(path, tensors, data_start, size):
+def _check_tiling(path: Path, tensors: Iterable[TensorView], data_start: int, size: int) -> None:
     """The ranges, in the order of their offsets, cover the data without hole or overlap."""
     end = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
@@ -169,60 +171,123 @@ def _check_tiling(path, tensors, data_start, size):
 # --- a directory ------------------------------------------------------------
 
 
+def _never(name: str) -> bool:
+    return False
+
+
 class SafetensorsDirectory:
     """All tensors of a checkpoint's directory.
 
     tensors: read-only mapping, name -> TensorView, in the order of the index;
+    unindexed: tuple of TensorViews that lie in a shard and that the index does not name there;
     files: tuple of SafetensorsFile; maps: the MappedFile of each; path; size: the sum of the files'
     bytes.
     """
 
     @classmethod
-    def open(cls, path):
-        """Follow model.safetensors.index.json, or else open model.safetensors."""
-        return cls(Path(path))
+    def open(cls, path: PathLike, optional: Optional = _never) -> SafetensorsDirectory:
+        """Follow model.safetensors.index.json, or else open model.safetensors.
 
-    def __init__(self, path):
+        The index says which tensors the directory has.  optional: (name) -> whether a tensor may be
+        absent although the index names it.  FileFormatError: another tensor of the index that is
+        absent; a model.safetensors beside the index that holds other tensors.
+        """
+        return cls(Path(path), optional)
+
+    def __init__(self, path: Path, optional: Optional = _never):
         self.path = path
-        index = path / INDEX_NAME
-        if index.exists():
-            files, tensors = _open_index(index)
-        elif (path / SINGLE_NAME).exists():
-            single = SafetensorsFile.open(path / SINGLE_NAME)
-            files, tensors = [single], single.tensors
+        index, single = path / INDEX_NAME, path / SINGLE_NAME
+        unindexed: list[TensorView] = []
+        tensors: Mapping[str, TensorView]
+        if os.path.lexists(index):  # a link to nothing is a fault, and not a directory without an index
+            weight_map = _read_weight_map(index)
+            files, tensors, unindexed = _open_index(index, weight_map, optional)
+            if os.path.lexists(single) and SINGLE_NAME not in weight_map.values():
+                _check_single(single, tensors, optional)
+        elif os.path.lexists(single):
+            file = SafetensorsFile.open(single)
+            files, tensors = [file], file.tensors
         else:
-            problem = f"want {INDEX_NAME} or {SINGLE_NAME}, got neither"
+            problem = f"want {INDEX_NAME} or {SINGLE_NAME}, got neither{what_else(path)}"
             raise FileFormatError(path, "directory", problem)
         self.files = tuple(files)
         self.maps = tuple(file.mapped for file in self.files)
         self.size = sum(file.size for file in files)
-        self.tensors = MappingProxyType(dict(tensors))
+        self.tensors: Mapping[str, TensorView] = MappingProxyType(dict(tensors))
+        self.unindexed = tuple(unindexed)
 
-    def check_unchanged(self):
+    def check_unchanged(self) -> None:
         """FileFormatError if a file is no longer what was opened: see `MappedFile`."""
         for file in self.files:
             file.check_unchanged()
 
 
-def _open_index(index):
-    """-> (list of SafetensorsFile, dict: name -> TensorView)."""
-    weight_map = _read_weight_map(index)
-    file_names = sorted(set(weight_map.values()))
-    files = {name: SafetensorsFile.open(index.with_name(name)) for name in file_names}
-    for file_name, file in files.items():
-        for name in file.tensors:
-            if weight_map.get(name) != file_name:
-                where = weight_map.get(name, "nowhere")
-                problem = f"want it in {where} by {index.name}, got it here"
-                raise FileFormatError(file.path, f"tensor {name}", problem)
+def what_else(path: Path) -> str:
+    """Other files of weights that the directory has, for a message."""
+    endings = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
+    names = sorted(p.name for p in path.iterdir() if p.name.endswith(endings) and not p.name.startswith("."))
+    if not names:
+        return ""
+    found = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    one = next((name for name in names if name.endswith(".gguf")), None)
+    return f", but {found}" + (f": give the path of {one}" if one else "")
+
+
+def _open_index(
+    index: Path, weight_map: dict[str, str], optional: Optional
+) -> tuple[list[SafetensorsFile], dict[str, TensorView], list[TensorView]]:
+    """-> (list of SafetensorsFile, dict: name -> TensorView, list of unindexed TensorViews)."""
+    needed = {file_name for name, file_name in weight_map.items() if not optional(name)}
+    files = {
+        file_name: SafetensorsFile.open(index.with_name(file_name))
+        for file_name in sorted(set(weight_map.values()))
+        if file_name in needed or os.path.lexists(index.with_name(file_name))
+    }
+    tensors = {}
     for name, file_name in weight_map.items():
-        if name not in files[file_name].tensors:
-            raise FileFormatError(index, f"tensor {name}", f"want it in {file_name}, got none")
-    tensors = {name: files[file_name].tensors[name] for name, file_name in weight_map.items()}
-    return list(files.values()), tensors
+        if file_name in files and name in files[file_name].tensors:
+            tensors[name] = files[file_name].tensors[name]
+        elif not optional(name):
+            others = [other for other, file in files.items() if name in file.tensors]
+            got = f"got it in {others[0]}" if others else "got none"
+            raise FileFormatError(index, f"tensor {name}", f"want it in {file_name}, {got}")
+    unindexed = [
+        view
+        for file_name, file in files.items()
+        for name, view in file.tensors.items()
+        if weight_map.get(name) != file_name
+    ]
+    return list(files.values()), tensors, unindexed
 
 
-def _read_weight_map(index):
+def _check_single(path: Path, tensors: Mapping[str, TensorView], optional: Optional) -> None:
+    """A model.safetensors beside an index that does not name it: some programs read this file and not the
+    index.  Both must hold the same tensors, or FileFormatError."""
+    advice = f"remove {SINGLE_NAME}, or {INDEX_NAME} and its files"
+    try:
+        single = SafetensorsFile.open(path).tensors
+    except FileFormatError as error:
+        got = f"{error.field}: {error.problem}"
+        raise FileFormatError(path, "file", f"want {INDEX_NAME}'s tensors, got {got}; {advice}") from error
+    for name in [*tensors, *single]:
+        if optional(name):
+            continue
+        wanted, found = tensors.get(name), single.get(name)
+        if wanted is None:
+            fault = f"want no such tensor, as in {INDEX_NAME}, got one"
+        elif found is None:
+            fault = f"want it as in {wanted.path.name} by {INDEX_NAME}, got none"
+        elif (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
+            wants = f"{wanted.dtype} {list(wanted.shape)}"
+            fault = f"want {wants} as in {wanted.path.name}, got {found.dtype} {list(found.shape)}"
+        elif not wanted.has_bits_of(found):
+            fault = f"want the bits of {wanted.path.name}, which {INDEX_NAME} names, got others"
+        else:
+            continue
+        raise FileFormatError(path, f"tensor {name}", f"{fault}; {advice}")
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
     """-> dict: tensor name -> plain name of a file beside the index."""
     weight_map = read_object(index, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -235,8 +300,8 @@ def _read_weight_map(index):
     return weight_map
 
 
-def _is_plain_name(name):
-    # Backslash and colon are separators elsewhere; a refused file is refused everywhere.
+def _is_plain_name(name: object) -> bool:
+    # Backslash and colon are separators on other systems; every system refuses the same files.
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
@@ -252,17 +317,23 @@ class SafetensorsWriter:
     sha256: name -> hex digest of each complete tensor's bytes.
     """
 
-    def __init__(self, path, tensors, metadata=None):
+    def __init__(
+        self,
+        path: PathLike,
+        tensors: Iterable[tuple[str, str, Sequence[int]]],
+        metadata: dict[str, str] | None = None,
+    ):
         self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        self.sha256 = {}
+        self._whole = WholeFile(path)
+        self.sha256: dict[str, str] = {}
         header, self._pending = _plan(tensors, metadata or {})
-        self._pending.reverse()  # the next one is the last: pop() is cheap
+        self._pending.reverse()  # so that pop() takes the next tensor
         self._begin_tensor()
-        self._file = OutputFile(self.partial, len(header) + sum(nbytes for _, _, nbytes in self._pending))
+        expected = len(header) + sum(nbytes for _, _, nbytes in self._pending)
+        self._file = OutputFile(self._whole.partial, expected)
         self._write_all(header)
 
-    def write(self, name, array):
+    def write(self, name: str, array: NDArray[Any]) -> None:
         """Append `array` to the tensor `name`, which must be the next incomplete one.
 
         Its dtype is DTYPES of the declared one, its bytes in C order continue the
@@ -281,7 +352,7 @@ class SafetensorsWriter:
             raise CheckpointError(f"{name}: want at most {left} more bytes, got {array.nbytes}")
         self._append(name, array.reshape(-1).view(np.uint8), nbytes)
 
-    def close(self):
+    def close(self) -> None:
         """Check that every tensor is complete, sync to disk, rename into place."""
         if self._file.closed:
             return
@@ -291,52 +362,54 @@ class SafetensorsWriter:
             raise CheckpointError(f"{name}: want {nbytes} bytes, got {self._written} at close")
         try:
             self._file.close()
-            os.replace(self.partial, self.path)
+            self._whole.publish()
         except OSError:
             self.abort()
             raise
 
-    def abort(self):
+    def abort(self) -> None:
         """Remove the partial file; nothing to do after `close`."""
         try:
             self._file.discard()
         finally:  # closing may fail as writing did
-            self.partial.unlink(missing_ok=True)
+            self._whole.discard()
 
-    def __enter__(self):
+    def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(self, exception_type, exception, traceback):
-        if exception_type is None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        if kind is None:
             self.close()
         else:
             self.abort()
 
-    def _append(self, name, data, nbytes):
+    def _append(self, name: str, data: NDArray[np.uint8], nbytes: int) -> None:
         self._write_all(data)
-        self._digest.update(data)
+        self._digest.update(data.data)
         self._written += data.size
         if self._written == nbytes:
             self.sha256[name] = self._digest.hexdigest()
             self._pending.pop()
             self._begin_tensor()
 
-    def _begin_tensor(self):
+    def _begin_tensor(self) -> None:
         self._digest, self._written = hashlib.sha256(), 0
 
-    def _write_all(self, data):
+    def _write_all(self, data: Any) -> None:
         try:
             self._file.write(data)
-        except OSError:  # a full disk: nobody can use half a file
+        except OSError:  # on a full disk, discard the partial file
             self.abort()
             raise
 
 
-def _plan(tensors, metadata):
+def _plan(
+    tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: dict[str, str]
+) -> tuple[bytes, list[tuple[str, str, int]]]:
     """-> (header bytes with its length, list of (name, dtype, nbytes)). CheckpointError."""
     if not all(isinstance(item, str) for pair in metadata.items() for item in pair):
         raise CheckpointError("__metadata__: want strings")
-    header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     pending, end = [], 0
     for name, dtype, shape in tensors:
         if name in header or name == "__metadata__":

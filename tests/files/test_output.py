@@ -1,4 +1,4 @@
-"""files/output.py: the bytes are the same, past the page cache or not, and however little is taken at once."""
+"""files/output.py: the same bytes past the page cache or not, and however little is taken at once."""
 
 import errno
 import os
@@ -37,8 +37,12 @@ def small_buffer(monkeypatch):
 
 
 @settings(max_examples=30)
-@given(sizes=st.lists(st.sampled_from([0, 1, 100, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 5 * BLOCK + 3]), max_size=6),
-       direct=st.booleans())
+@given(
+    sizes=st.lists(
+        st.sampled_from([0, 1, 100, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 5 * BLOCK + 3]), max_size=6
+    ),
+    direct=st.booleans(),
+)
 def test_the_bytes_that_were_written(tmp_path_factory, sizes, direct):
     path = tmp_path_factory.getbasetemp() / "output"
     pieces = pieces_of(sizes)

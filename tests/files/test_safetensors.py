@@ -158,33 +158,35 @@ WRITER_FAULTS = {
 @pytest.mark.parametrize("case", WRITER_FAULTS)
 def test_writer_faults_leave_no_file(tmp_path, case):
     fault, message = WRITER_FAULTS[case]
-    with pytest.raises(CheckpointError, match=message):
-        with SafetensorsWriter(tmp_path / "m", [("a", "U8", (4,)), ("b", "F32", (2,))]) as writer:
-            fault(writer)
+    with (
+        pytest.raises(CheckpointError, match=message),
+        SafetensorsWriter(tmp_path / "m", [("a", "U8", (4,)), ("b", "F32", (2,))]) as writer,
+    ):
+        fault(writer)
     assert os.listdir(tmp_path) == []
 
 
 def test_writer_refuses_more_than_planned(tmp_path):
-    with pytest.raises(CheckpointError, match="want no more tensors next, got a"):
-        with SafetensorsWriter(tmp_path / "m", [("a", "U8", (1,))]) as writer:
-            writer.write("a", np.zeros(1, np.uint8))
-            writer.write("a", np.zeros(1, np.uint8))
+    with (
+        pytest.raises(CheckpointError, match="want no more tensors next, got a"),
+        SafetensorsWriter(tmp_path / "m", [("a", "U8", (1,))]) as writer,
+    ):
+        writer.write("a", np.zeros(1, np.uint8))
+        writer.write("a", np.zeros(1, np.uint8))
 
 
 def test_an_exception_of_the_caller_keeps_the_old_file(tmp_path):
     path = write(tmp_path, b"old", "m")
-    with pytest.raises(KeyError):
-        with SafetensorsWriter(path, [("a", "U8", (4,))]):
-            raise KeyError
+    with pytest.raises(KeyError), SafetensorsWriter(path, [("a", "U8", (4,))]):
+        raise KeyError
     assert os.listdir(tmp_path) == ["m"] and path.read_bytes() == b"old"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_leaves_no_partial_file(tmp_path):
     os.symlink("/dev/full", tmp_path / "m.partial")
-    with pytest.raises(OSError):
-        with SafetensorsWriter(tmp_path / "m", [("a", "U8", (1 << 20,))]) as writer:
-            writer.write("a", np.zeros(1 << 20, np.uint8))
+    with pytest.raises(OSError), SafetensorsWriter(tmp_path / "m", [("a", "U8", (1 << 20,))]) as writer:
+        writer.write("a", np.zeros(1 << 20, np.uint8))
     assert os.listdir(tmp_path) == []
 
 
@@ -264,7 +266,8 @@ def index_fault(directory):
 def test_an_index_names_files_of_its_folder_only(directory, name):
     write_index(directory, {"a": ONE, "b": name})
     assert index_fault(directory) == (
-        f"{INDEX_NAME}: weight_map b: want the name of a file in this folder, got {name!r}")
+        f"{INDEX_NAME}: weight_map b: want the name of a file in this folder, got {name!r}"
+    )
 
 
 @pytest.mark.parametrize("weight_map, message", [
@@ -274,15 +277,113 @@ def test_an_index_names_files_of_its_folder_only(directory, name):
     ({"a": ONE, "b": "model-3.safetensors"},
      "model-3.safetensors: file: want a file that can be read, got: No such file or directory"),
     ({"a": ONE, "b": TWO, "c": TWO}, f"{INDEX_NAME}: tensor c: want it in {TWO}, got none"),
-    ({"b": TWO, "c": ONE}, f"{ONE}: tensor a: want it in nowhere by {INDEX_NAME}, got it here"),
+    ({"b": TWO, "c": ONE}, f"{INDEX_NAME}: tensor c: want it in {ONE}, got none"),
     ({"a": TWO, "b": TWO}, f"{INDEX_NAME}: tensor a: want it in {TWO}, got none"),
-    ({"a": TWO, "b": ONE}, f"{ONE}: tensor a: want it in {TWO} by {INDEX_NAME}, got it here"),
+    ({"a": TWO, "b": ONE}, f"{INDEX_NAME}: tensor a: want it in {TWO}, got it in {ONE}"),
     ({"a": ONE, "b": INDEX_NAME}, f"{INDEX_NAME}: header length: want 2 to 104 bytes, got "
      "7017841271895827067"),
 ])  # fmt: skip
 def test_index_faults(directory, weight_map, message):
     write_index(directory, weight_map)
     assert index_fault(directory) == message
+
+
+def test_the_index_says_which_tensors_a_directory_has(directory):
+    """A tensor that lies in a shard counts where the index names it, and nowhere else."""
+    both = {name: ("U8", np.full(4, 7, np.uint8)) for name in ("a", "c")}
+    write_checkpoint(directory / TWO, both | {"b": ("U8", np.full(4, 2, np.uint8))})
+    opened = SafetensorsDirectory.open(directory)
+    assert {name: view.data.tolist() for name, view in opened.tensors.items()} == {"a": [1] * 4, "b": [2] * 4}
+    assert sorted((view.path.name, view.name) for view in opened.unindexed) == [(TWO, "a"), (TWO, "c")]
+
+
+@pytest.mark.parametrize("weight_map", [
+    {"a": ONE, "b": TWO, "c": TWO},
+    {"a": ONE, "b": TWO, "c": "model-3.safetensors"},
+    {"a": ONE, "b": TWO, "c": TWO, "c2": "model-3.safetensors"},
+])  # fmt: skip
+def test_what_is_optional_may_be_absent_with_its_file(directory, weight_map):
+    write_index(directory, weight_map)
+    opened = SafetensorsDirectory.open(directory, lambda name: name.startswith("c"))
+    assert list(opened.tensors) == ["a", "b"] and len(opened.files) == 2
+    assert index_fault(directory)
+
+
+def test_an_optional_file_that_is_there_must_be_whole(directory):
+    write_index(directory, {"a": ONE, "b": TWO, "c": "model-3.safetensors"})
+    (directory / "model-3.safetensors").write_bytes(b"half")
+    with pytest.raises(FileFormatError, match="model-3.safetensors: header length"):
+        SafetensorsDirectory.open(directory, lambda name: name == "c")
+
+
+ADVICE = f"remove model.safetensors, or {INDEX_NAME} and its files"
+
+
+@pytest.mark.parametrize("single, message", [
+    ({"a": ("U8", [1] * 4)}, f"tensor b: want it as in {TWO} by {INDEX_NAME}, got none"),
+    ({"a": ("U8", [1] * 4), "b": ("U8", [2] * 3 + [3])},
+     f"tensor b: want the bits of {TWO}, which {INDEX_NAME} names, got others"),
+    ({"a": ("U8", [1] * 4), "b": ("I8", [2] * 4)}, f"tensor b: want U8 [4] as in {TWO}, got I8 [4]"),
+    ({"a": ("U8", [1] * 2), "b": ("U8", [2] * 4)}, f"tensor a: want U8 [4] as in {ONE}, got U8 [2]"),
+    ({"a": ("U8", [1] * 4), "b": ("U8", [2] * 4), "d": ("U8", [0])},
+     f"tensor d: want no such tensor, as in {INDEX_NAME}, got one"),
+])  # fmt: skip
+def test_a_single_file_beside_an_index_holds_the_same_tensors(directory, single, message):
+    dtypes = {"U8": np.uint8, "I8": np.int8}
+    arrays = {name: (kind, np.array(values, dtypes[kind])) for name, (kind, values) in single.items()}
+    write_checkpoint(directory / "model.safetensors", arrays)
+    assert index_fault(directory) == f"model.safetensors: {message}; {ADVICE}"
+
+
+def test_a_single_file_that_agrees_with_the_index(directory):
+    arrays = {"b": ("U8", np.full(4, 2, np.uint8)), "a": ("U8", np.full(4, 1, np.uint8))}
+    write_checkpoint(directory / "model.safetensors", arrays)
+    assert list(SafetensorsDirectory.open(directory).tensors) == ["b", "a"]
+    write_checkpoint(directory / "model.safetensors", arrays | {"c": ("U8", np.zeros(1, np.uint8))})
+    assert (
+        SafetensorsDirectory.open(directory, lambda name: name == "c").tensors["a"].data.tolist() == [1] * 4
+    )
+
+
+def test_half_a_single_file_beside_an_index(directory):
+    (directory / "model.safetensors").write_bytes(b"half")
+    assert index_fault(directory) == (
+        f"model.safetensors: file: want {INDEX_NAME}'s tensors, got header length: want 8 bytes, got 4; "
+        f"{ADVICE}"
+    )
+
+
+def test_a_single_file_that_the_index_names(directory):
+    os.replace(directory / TWO, directory / "model.safetensors")
+    write_index(directory, {"a": ONE, "b": "model.safetensors"})
+    assert list(SafetensorsDirectory.open(directory).tensors) == ["a", "b"]
+
+
+@pytest.mark.parametrize("link", [INDEX_NAME, "model.safetensors"])
+def test_a_link_to_nothing_is_named(tmp_path, link):
+    (tmp_path / link).symlink_to(tmp_path / "blob")
+    with pytest.raises(
+        FileFormatError, match=f"{link}: file: want a file that can be read, got: No such file"
+    ):
+        SafetensorsDirectory.open(tmp_path)
+
+
+@pytest.mark.parametrize("names, found", [
+    (["pytorch_model.bin", ".hidden.bin", "config.json"], ", but pytorch_model.bin"),
+    (["m.gguf", "consolidated.safetensors"],
+     ", but consolidated.safetensors, m.gguf: give the path of m.gguf"),
+    ([f"pytorch_model-{i}.bin" for i in range(5)],
+     ", but pytorch_model-0.bin, pytorch_model-1.bin, pytorch_model-2.bin and 2 more"),
+    ([], ""),
+])  # fmt: skip
+def test_a_directory_with_weights_of_another_form(tmp_path, names, found):
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileFormatError) as caught:
+        SafetensorsDirectory.open(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: directory: want {INDEX_NAME} or model.safetensors, got neither{found}"
+    )
 
 
 @pytest.mark.parametrize("text, message", [
@@ -301,8 +402,7 @@ def test_index_text_faults(directory, text, message):
 
 def test_an_index_of_100_mb_is_refused(directory):
     os.truncate(directory / INDEX_NAME, 100_000_001)
-    assert index_fault(directory) == (
-        f"{INDEX_NAME}: index: want at most 100000000 bytes, got 100000001")
+    assert index_fault(directory) == (f"{INDEX_NAME}: index: want at most 100000000 bytes, got 100000001")
 
 
 # --- hostile files ----------------------------------------------------------
@@ -443,9 +543,7 @@ def test_a_header_over_100_mb_is_refused(tmp_path):
         SafetensorsFile.open(path)
 
 
-VALID = file_bytes(
-    {"__metadata__": {"k": "v"}, "a": entry(0, 8, "F32", [2]), "b": entry(8, 12)}, bytes(12)
-)
+VALID = file_bytes({"__metadata__": {"k": "v"}, "a": entry(0, 8, "F32", [2]), "b": entry(8, 12)}, bytes(12))
 
 
 def test_every_truncation_is_an_error(tmp_path):
