@@ -2,22 +2,21 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import CONVERTER
 
 import pyengine
 from pyengine import reference
-from pyengine.trace import record_trace
+from pyengine.oracle.trace import record_trace
 
-HERE = Path(__file__).parent / "converter"
-EXPECTED = json.loads((HERE / "expected.json").read_text())
+EXPECTED = json.loads((CONVERTER / "expected.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def float64():
-    return record_trace(pyengine.load(HERE / "A-Q8_0.gguf", "float64"), EXPECTED["ids"])
+    return record_trace(pyengine.load(CONVERTER / "A-Q8_0.gguf", "float64"), EXPECTED["ids"])
 
 
 @pytest.mark.parametrize("name", EXPECTED["sha256_of_float32"])
@@ -27,8 +26,8 @@ def test_float64_equals_hugging_face(float64, name):
 
 
 def test_locked_is_within_1e_8_of_it(each_isa):
-    truth = np.load(HERE / "logits.npy").astype(np.float64)
-    logits = pyengine.load(HERE / "A-Q8_0.gguf").forward(EXPECTED["ids"]).astype(np.float64)
+    truth = np.load(CONVERTER / "logits.npy").astype(np.float64)
+    logits = pyengine.load(CONVERTER / "A-Q8_0.gguf").forward(EXPECTED["ids"]).astype(np.float64)
     log_p, log_q = (np.log(reference.softmax(x)) for x in (truth, logits))
     assert (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean() <= 1e-8
     assert (truth.argmax(axis=-1) == logits.argmax(axis=-1)).all()
