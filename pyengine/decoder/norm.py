@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import ops
-from ..checkpoint import Tensor
+from ..checkpoint.tensor import Tensor
+from ..core import ops
+from ..core.threads import Pool
 
 
 def zero_centred_scale(tensor: Tensor) -> np.ndarray:
@@ -14,7 +15,7 @@ def zero_centred_scale(tensor: Tensor) -> np.ndarray:
 
 
 class Norm:
-    def __init__(self, pool: ops.Pool, tensor: Tensor, eps: float):
+    def __init__(self, pool: Pool, tensor: Tensor, eps: float):
         self.pool, self.eps, self.scale = pool, eps, zero_centred_scale(tensor)
         self.name = tensor.name.removesuffix(".weight")
 
