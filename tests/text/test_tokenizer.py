@@ -12,39 +12,77 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import paths
 import pytest
+from gguf.constants import GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rewrite import rewrite
 
-from pyengine.checkpoint import open_checkpoint
+from pyengine.checkpoint.open import open_checkpoint
 from pyengine.cli import main
 from pyengine.errors import FileFormatError, InputError
 from pyengine.files.gguf import GGUF
-from pyengine.tokenizer import (
+from pyengine.text.gguf_vocabulary import (
     BYTE_OF_CHARACTER,
     CONTROL,
     NORMAL,
     QWEN35_PATTERN,
     UNUSED,
     USER_DEFINED,
-    Tokenizer,
     export_tokenizer,
-    has_tokenizer,
     tokenizer_json,
 )
+from pyengine.text.tokenizer import Tokenizer, has_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 
-GOLDEN = Path(__file__).parent / "golden" / "pattern31.gguf"
-FIXTURE = Path(__file__).parent / "converter"
+GOLDEN = paths.GOLDEN / "pattern31.gguf"
+FIXTURE = paths.CONVERTER
 
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
 
 # What the pattern and the normaliser distinguish, often, among all of Unicode.
-PIECES = st.sampled_from([
-    " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "'s", "'LL", "don't", "the", " and", "ing",
-    "123", "٣", "½", "é", "e\u0301", "\u0301", "क्ष", "한", "한", "Å", "ﬁ", "😀", "👩\u200d👧",
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_", "|>", "<think>", "Ġ", "Ċ", "::", "\x00"])
+PIECES = st.sampled_from(
+    [
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\u00a0",
+        "\u3000",
+        "'s",
+        "'LL",
+        "don't",
+        "the",
+        " and",
+        "ing",
+        "123",
+        "٣",
+        "½",
+        "é",
+        "e\u0301",
+        "\u0301",
+        "क्ष",
+        "한",
+        "한",
+        "Å",
+        "ﬁ",
+        "😀",
+        "👩\u200d👧",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|im_",
+        "|>",
+        "<think>",
+        "Ġ",
+        "Ċ",
+        "::",
+        "\x00",
+    ]
+)
 TEXTS = st.lists(PIECES | st.text(max_size=8), max_size=12).map("".join)
 many = settings(max_examples=300, derandomize=True, deadline=None)
 
@@ -68,8 +106,11 @@ def write_gguf(path, tokens, types, merges, model="gpt2", pre="qwen35", **number
 
 
 BYTES = [CHARACTER_OF_BYTE[byte] for byte in range(256)]
-SMALL = dict(tokens=[*BYTES, "ab", "abc", "<|im_end|>", "<think>", "[PAD260]"],
-             types=[NORMAL] * 258 + [CONTROL, USER_DEFINED, UNUSED], merges=["a b", "ab c"])
+SMALL = dict(
+    tokens=[*BYTES, "ab", "abc", "<|im_end|>", "<think>", "[PAD260]"],
+    types=[NORMAL] * 258 + [CONTROL, USER_DEFINED, UNUSED],
+    merges=["a b", "ab c"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +134,18 @@ class Definition:
         self.ranks = {tuple(m.split(" ")): i for i, m in enumerate(metadata["tokenizer.ggml.merges"])}
 
     def encode(self, text):
-        return [self.ids[part] for piece in self.regex.findall(QWEN35_PATTERN, text)
-                for part in self.merge([CHARACTER_OF_BYTE[byte] for byte in piece.encode()])]
+        return [
+            self.ids[part]
+            for piece in self.regex.findall(QWEN35_PATTERN, text)
+            for part in self.merge([CHARACTER_OF_BYTE[byte] for byte in piece.encode()])
+        ]
 
     def merge(self, parts):
         while len(parts) > 1:
             rank, i = min((self.ranks.get(pair, 1e9), i) for i, pair in enumerate(zip(parts, parts[1:])))
             if rank == 1e9:
                 break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
         return parts
 
 
@@ -200,6 +244,15 @@ def test_special_tokens_only_where_asked(small):
     assert small.decode([258, 259, 257], special=False) == "<think>abc"
 
 
+def test_a_special_token_that_the_bpe_makes(tmp_path):
+    """A vocabulary whose merges lead to a special token: plain text has the ids of its characters."""
+    tokens, types = [*BYTES, "ab", "abc"], [*[NORMAL] * 256, CONTROL, NORMAL]
+    tokenizer = Tokenizer.from_gguf(write_gguf(tmp_path / "m.gguf", tokens, types, ["a b", "ab c"]))
+    assert tokenizer.encode("xab", special=True) == [0x78, 256]
+    assert tokenizer.encode("xab") == [0x78, 0x61, 0x62] and tokenizer.encode("xabc") == [0x78, 257]
+    assert tokenizer.encode_written("ab ab", [[0, 2]]) == [256, *tokenizer.encode(" "), 0x61, 0x62]
+
+
 def test_ids_of_no_token_decode_to_nothing(small):
     assert small.vocab_size == 261 and small.token_bytes(260) == b"" and small.decode([97, 260]) == "a"
 
@@ -223,6 +276,49 @@ def test_added_tokens_anywhere_keep_their_ids(tmp_path):
     assert 0 not in tokenizer.encode("<|im_end|>") and tokenizer.end_ids == (0,)
 
 
+@pytest.mark.parametrize("kind", [NORMAL, CONTROL, USER_DEFINED])
+def test_control_tokens_that_a_gguf_calls_otherwise(tmp_path, kind):
+    """Of any type, text has none of them where nobody asks, and all of them where somebody does."""
+    tokens = [*BYTES, "<|", "<|>", "<|im_start|>", "<｜end｜>", "</s>", "<think>"]
+    end_kind = USER_DEFINED if kind == NORMAL else kind  # </s> does not look special: it ends a text
+    types = [*[NORMAL] * 258, kind, kind, end_kind, USER_DEFINED]
+    path = write_gguf(tmp_path / "m.gguf", tokens, types, ["< |", "<| >"], eos_token_id=260)
+    tokenizer = Tokenizer.from_gguf(path)
+    spelled = "<|im_start|><｜end｜></s><think><|>"
+    assert tokenizer.encode(spelled, special=True) == [258, 259, 260, 261, 257]
+    plain = tokenizer.encode(spelled)
+    assert (
+        {258, 259, 260}.isdisjoint(plain) and plain[-2:] == [261, 257] and tokenizer.decode(plain) == spelled
+    )
+    assert tokenizer.decode([258, 97, 260, 261], special=False) == "a<think>"
+    said = json.loads(tokenizer.to_json())["added_tokens"]
+    assert [token["special"] for token in said] == [True, True, True, False]
+
+
+def test_control_tokens_that_a_directory_calls_otherwise(tmp_path):
+    """As of a GGUF; and Hugging Face makes special what tokenizer_config.json names."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(FIXTURE / name, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    before = {token["content"]: token["id"] for token in said["added_tokens"]}
+    said["added_tokens"] += [
+        said["added_tokens"][0] | {"id": 640 + i, "content": text}
+        for i, text in enumerate(("</s>", "<tool>"))
+    ]
+    said["added_tokens"] = [token | {"special": False} for token in said["added_tokens"]]
+    path.write_text(json.dumps(said), encoding="utf-8")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"bos_token": {"content": "</s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    model = json.loads((tmp_path / "config.json").read_text()) | {"vocab_size": 642}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    tokenizer = Tokenizer.open(tmp_path)
+    spelled = "".join(before) + "</s><tool>"
+    assert tokenizer.encode(spelled, special=True) == [*before.values(), 640, 641]
+    plain = tokenizer.encode(spelled)
+    assert plain[-1] == 641 and {*before.values(), 640}.isdisjoint(plain)
+
+
 def test_nfc_as_the_family_has_it(tmp_path):
     """The published vocabulary is known by token 248044; `full_size` has it."""
     path = write_gguf(tmp_path / "m.gguf", **SMALL)
@@ -230,7 +326,36 @@ def test_nfc_as_the_family_has_it(tmp_path):
     assert Tokenizer.from_gguf(path, nfc=True).encode("e\u0301") == [*b"\xc3\xa9"]
 
 
+def test_the_older_pre_tokenizer_takes_a_mark_from_its_letter(tmp_path):
+    both = "e" + CHARACTER_OF_BYTE[0xCC]
+    tokens = [*SMALL["tokens"][:-1], both]
+    changes = dict(
+        tokens=tokens, types=[*SMALL["types"][:-1], NORMAL], merges=[*SMALL["merges"], f"e {both[1]}"]
+    )
+    found = {
+        pre: Tokenizer.from_gguf(write_gguf(tmp_path / f"{pre}.gguf", pre=pre, **changes)).encode("e\u0301")
+        for pre in ("qwen35", "qwen2")
+    }
+    assert found == {"qwen35": [260, 0x81], "qwen2": [*b"e\xcc\x81"]}
+
+
 # ---- full size ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_older_published_vocabulary_has_nfc(tmp_path):
+    """It is known by its token 151643."""
+    tokens, merges = list(BYTES), []
+    for i in range(151_643 - 256):
+        tokens.append(tokens[i // 256] + BYTES[i % 256])
+        merges.append(f"{tokens[i // 256]} {BYTES[i % 256]}")
+    for end, nfc in (("<|endoftext|>", True), ("<|im_end|>", False)):
+        types = [NORMAL] * 151_643 + [CONTROL]
+        path = write_gguf(
+            tmp_path / "m.gguf", [*tokens, end], types, merges, pre="qwen2", eos_token_id=151_643
+        )
+        tokenizer = Tokenizer.from_gguf(path)
+        assert (tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")) is nfc
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +393,13 @@ def published(tmp_path_factory):
     added = [text for _, text in package.QWEN3_5_SPECIAL_TOKENS]
     padding = [f"[PAD{i}]" for i in range(len(tokens) + len(added), 248_320)]
     types = [NORMAL] * len(tokens) + [CONTROL if text.startswith("<|") else USER_DEFINED for text in added]
-    return write_gguf(tmp_path_factory.mktemp("published") / "m.gguf", tokens + added + padding,
-                      types + [UNUSED] * len(padding), list(merges_of(ranks)), eos_token_id=248_046)
+    return write_gguf(
+        tmp_path_factory.mktemp("published") / "m.gguf",
+        tokens + added + padding,
+        types + [UNUSED] * len(padding),
+        list(merges_of(ranks)),
+        eos_token_id=248_046,
+    )
 
 
 @pytest.mark.slow
@@ -279,8 +409,33 @@ def test_published_vocabulary(published):
     tokenizer = Tokenizer.from_gguf(published)
     print(f"Qwen3.5's vocabulary opened in {time.perf_counter() - start:.2f} s")
     assert tokenizer.encode("Hello! 毕老师！1 + 1 = 2 ĠÑĤÐ²ÑĬÑĢ") == [
-        9419, 0, 220, 97169, 97621, 6115, 16, 478, 220, 16, 283, 220, 17, 9551, 254, 68933, 128, 97,
-        91914, 28495, 68933, 128, 105, 68933, 128, 95]
+        9419,
+        0,
+        220,
+        97169,
+        97621,
+        6115,
+        16,
+        478,
+        220,
+        16,
+        283,
+        220,
+        17,
+        9551,
+        254,
+        68933,
+        128,
+        97,
+        91914,
+        28495,
+        68933,
+        128,
+        105,
+        68933,
+        128,
+        95,
+    ]
     text = unicodedata.normalize("NFC", "Vérités, 你好 мир, don't  नमस्ते 12345\n\n한국어 שלום 😀; return x_1;")
     assert tokenizer.encode(text) == Definition(published).encode(text)
     assert tokenizer.encode("<|im_start|><think>", special=True) == [248_045, 248_068]
@@ -297,9 +452,15 @@ def test_published_vocabulary_is_hugging_faces(published):
     texts, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"].tolist()
     theirs = Qwen3_5Tokenizer(
         vocab={text: i for i, (text, kind) in enumerate(zip(texts, types)) if kind == NORMAL},
-        merges=[tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]])
-    theirs.add_tokens([tokenizers.AddedToken(text, normalized=False, special=kind == CONTROL)
-                       for text, kind in zip(texts, types) if kind in (CONTROL, USER_DEFINED)])
+        merges=[tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]],
+    )
+    theirs.add_tokens(
+        [
+            tokenizers.AddedToken(text, normalized=False, special=kind == CONTROL)
+            for text, kind in zip(texts, types)
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+    )
     ours = Tokenizer.from_gguf(published)
     assert theirs.convert_tokens_to_ids("<|im_end|>") == 248_046
 
@@ -319,13 +480,13 @@ def test_published_vocabulary_is_hugging_faces(published):
 def merges_of(ranks):
     """The two tokens that each token is made of, by the merges of lower rank; none for a few."""
     for token, rank in ranks.items():
-        parts = [token[i:i + 1] for i in range(len(token))]
+        parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             found = ((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
             lowest, i = min(found)
             if lowest >= rank:
                 break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             yield " ".join("".join(CHARACTER_OF_BYTE[b] for b in part) for part in parts)
 
@@ -421,10 +582,15 @@ def test_the_command_reads_standard_input(golden, monkeypatch, capsys):
     assert printed(capsys, "-f", "-").split() == [str(i) for i in golden.encode("the end")]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["-f", "/no/such"], "/no/such: No such file"), (["--decode", "1 x"], "--decode: want integers, got 'x'"),
-    (["--decode", "288"], "id: want 0 to 287, got 288"), ([], "one of the arguments -p/--prompt -f/--file"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["-f", "/no/such"], "/no/such: No such file"),
+        (["--decode", "1 x"], "--decode: want integers, got 'x'"),
+        (["--decode", "288"], "id: want 0 to 287, got 288"),
+        ([], "one of the arguments -p/--prompt -f/--file"),
+    ],
+)
 def test_the_command_with_a_fault(capsys, arguments, message):
     assert main(["tokenize", "-m", str(GOLDEN), *arguments]) == 2
     out, err = capsys.readouterr()
@@ -440,20 +606,30 @@ def test_the_command_with_a_file_that_is_no_text(tmp_path, capsys):
 # ---- errors ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(model="llama"), "tokenizer.ggml.model: want 'gpt2', got 'llama'"),
-    (dict(pre="qwen2"), "tokenizer.ggml.pre: want 'qwen35', got 'qwen2'"),
-    (dict(types=[1]), "tokenizer.ggml.token_type: want 261 entries as tokenizer.ggml.tokens, got 1"),
-    (dict(types=[1] * 260 + [7]), "tokenizer.ggml.token_type: want 1 to 6, got 7 at index 260"),
-    (dict(merges=["a b", "ab x"]),
-     "tokenizer.ggml.merges: want two tokens that make a third, got 'ab x' at index 1"),
-    (dict(merges=["ab"]), "tokenizer.ggml.merges: want two tokens that make a third, got 'ab' at index 0"),
-    (dict(merges=None), "tokenizer.ggml.merges: want list of str, got no such key"),
-    (dict(tokens=[*SMALL["tokens"][:-1], "ab"]),
-     "tokenizer.ggml.tokens: want every token once, got 'ab' again at index 260"),
-    (dict(eos_token_id=261), "tokenizer.ggml.eos_token_id: want 0 to 260, got 261"),
-    (dict(padding_token_id=999), "tokenizer.ggml.padding_token_id: want 0 to 260, got 999"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model="llama"), "tokenizer.ggml.model: want 'gpt2', got 'llama'"),
+        (dict(pre="llama-bpe"), "tokenizer.ggml.pre: want 'qwen35' or 'qwen2', got 'llama-bpe'"),
+        (dict(types=[1]), "tokenizer.ggml.token_type: want 261 entries as tokenizer.ggml.tokens, got 1"),
+        (dict(types=[1] * 260 + [7]), "tokenizer.ggml.token_type: want 1 to 6, got 7 at index 260"),
+        (
+            dict(merges=["a b", "ab x"]),
+            "tokenizer.ggml.merges: want two tokens that make a third, got 'ab x' at index 1",
+        ),
+        (
+            dict(merges=["ab"]),
+            "tokenizer.ggml.merges: want two tokens that make a third, got 'ab' at index 0",
+        ),
+        (dict(merges=None), "tokenizer.ggml.merges: want list of str, got no such key"),
+        (
+            dict(tokens=[*SMALL["tokens"][:-1], "ab"]),
+            "tokenizer.ggml.tokens: want every token once, got 'ab' again at index 260",
+        ),
+        (dict(eos_token_id=261), "tokenizer.ggml.eos_token_id: want 0 to 260, got 261"),
+        (dict(padding_token_id=999), "tokenizer.ggml.padding_token_id: want 0 to 260, got 999"),
+    ],
+)
 def test_faults_of_a_gguf(tmp_path, change, message):
     path = write_gguf(tmp_path / "m.gguf", **{**SMALL, **change})
     with pytest.raises(FileFormatError) as error:
@@ -468,9 +644,13 @@ def family_json(**change):
 
 
 def split(regex):
-    return {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel"}]}
+    return {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel"},
+        ],
+    }
 
 
 BPE = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
@@ -483,37 +663,66 @@ def fault_of_json(path, text):
     return str(caught.value).removeprefix(f"{path}: ")
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "file: want some bytes, got an empty file"),
-    ("{", "file: want a JSON object, got Expecting property name enclosed in double quotes: line 1 "
-     "column 2 (char 1)"),
-    ("[]", "file: want a JSON object, got a list"),
-    ('{"a":' * 100000, "file: want a JSON object, got one nested too deeply"),
-    ("{}", "model: want BPE, got None"),
-    (dict(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "model: want BPE, got 'WordLevel'"),
-    (dict(model={**BPE, "dropout": 0.5}), "model.dropout: want none, got 0.5"),
-    (dict(model={**BPE, "end_of_word_suffix": "</w>"}), "model.end_of_word_suffix: want none, got '</w>'"),
-    (dict(decoder={"type": "WordPiece"}), "decoder: want ByteLevel, got 'WordPiece'"),
-    (dict(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-     "normalizer: want null or NFC, got 'Precompiled'"),
-    (dict(normalizer={"type": ["NFC"]}), "normalizer: want null or NFC, got ['NFC']"),
-    (dict(pre_tokenizer=None), "pre_tokenizer: want Sequence or ByteLevel, got None"),
-    (dict(pre_tokenizer={"type": "Sequence"}),
-     "pre_tokenizer.pretokenizers: want Split and ByteLevel, got None"),
-    (dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [3]}),
-     "pre_tokenizer.pretokenizers: want Split and ByteLevel, got [3]"),
-    (dict(pre_tokenizer=split("(a+)+$")), "pre_tokenizer.pretokenizers: want the pattern of Qwen3.5 or "
-     "Qwen2, got {'Regex': '(a+)+$'}"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "file: want some bytes, got an empty file"),
+        (
+            "{",
+            "file: want a JSON object, got Expecting property name enclosed in double quotes: line 1 "
+            "column 2 (char 1)",
+        ),
+        ("[]", "file: want a JSON object, got a list"),
+        ('{"a":' * 100000, "file: want a JSON object, got one nested too deeply"),
+        ("{}", "model: want BPE, got None"),
+        (
+            dict(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
+            "model: want BPE, got 'WordLevel'",
+        ),
+        (dict(model={**BPE, "dropout": 0.5}), "model.dropout: want none, got 0.5"),
+        (
+            dict(model={**BPE, "end_of_word_suffix": "</w>"}),
+            "model.end_of_word_suffix: want none, got '</w>'",
+        ),
+        (dict(decoder={"type": "WordPiece"}), "decoder: want ByteLevel, got 'WordPiece'"),
+        (
+            dict(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+            "normalizer: want null or NFC, got 'Precompiled'",
+        ),
+        (dict(normalizer={"type": ["NFC"]}), "normalizer: want null or NFC, got ['NFC']"),
+        (dict(pre_tokenizer=None), "pre_tokenizer: want Sequence or ByteLevel, got None"),
+        (
+            dict(pre_tokenizer={"type": "Sequence"}),
+            "pre_tokenizer.pretokenizers: want Split and ByteLevel, got None",
+        ),
+        (
+            dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [3]}),
+            "pre_tokenizer.pretokenizers: want Split and ByteLevel, got [3]",
+        ),
+        (
+            dict(pre_tokenizer=split("(a+)+$")),
+            "pre_tokenizer.pretokenizers: want the pattern of Qwen3.5, Qwen2 or Llama 3, got "
+            "{'Regex': '(a+)+$'}",
+        ),
+    ],
+)
 def test_faults_of_a_tokenizer_json(tmp_path, text, message):
     """What the library would panic on, or run for minutes, is refused before it sees it."""
     text = text if isinstance(text, str) else family_json(**text)
     assert fault_of_json(tmp_path / "tokenizer.json", text) == message
 
 
-@pytest.mark.parametrize("model", [
-    {**BPE, "vocab": {"a": -1}}, {**BPE, "vocab": {"a": 2**32}}, {**BPE, "vocab": [1]},
-    {**BPE, "merges": [["a", "b"]]}, {**BPE, "merges": 3}, {"type": "BPE"}])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {**BPE, "vocab": {"a": -1}},
+        {**BPE, "vocab": {"a": 2**32}},
+        {**BPE, "vocab": [1]},
+        {**BPE, "merges": [["a", "b"]]},
+        {**BPE, "merges": 3},
+        {"type": "BPE"},
+    ],
+)
 def test_what_the_library_refuses_is_one_line(tmp_path, model):
     message = fault_of_json(tmp_path / "tokenizer.json", family_json(model=model))
     assert message.startswith("file: want a tokenizer.json, got: ") and message.isprintable()
@@ -530,35 +739,67 @@ def test_ids_beyond_the_model(tmp_path):
 def test_truncation_padding_and_post_processing_are_left_out(tmp_path):
     text = family_json(
         truncation={"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5},
-        padding={"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": None,
-                 "pad_id": 0, "pad_type_id": 0, "pad_token": "x"},
-        post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "X", "type_id": 0}}],
-                        "pair": [], "special_tokens": {}})
+        padding={
+            "strategy": {"Fixed": 2**40},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "x",
+        },
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "X", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        },
+    )
     (tmp_path / "tokenizer.json").write_text(json.dumps(text))
     ours = Tokenizer.from_file(tmp_path / "tokenizer.json")
     assert ours.encode("the end") == Tokenizer.from_file(FIXTURE / "tokenizer.json").encode("the end")
 
 
-@pytest.mark.parametrize("tokens, types, merges, message", [
-    ([], [], [], "tokenizer.ggml.tokens: want list of str, got no such key"),
-    ([b"\xff\xfe"], [NORMAL], [], "tokenizer.ggml.tokens: want UTF-8, got b'\\xff\\xfe' at index 0"),
-    ("text", [NORMAL], [], "tokenizer.ggml.tokens: want list of str, got string"),
-    ([1, 2], [NORMAL], [], "tokenizer.ggml.tokens: want list of str, got array of 2 int32"),
-    (["a"], [1.0], [], "tokenizer.ggml.token_type: want list of int, got array of 1 float32"),
-    (["a"], [NORMAL], [" "], "tokenizer.ggml.merges: want two tokens that make a third, got ' ' at index 0"),
-    (["a", "aa"], [NORMAL] * 2, ["a a a"],
-     "tokenizer.ggml.merges: want two tokens that make a third, got 'a a a' at index 0"),
-])
+@pytest.mark.parametrize(
+    "tokens, types, merges, message",
+    [
+        ([], [], [], "tokenizer.ggml.tokens: want list of str, got no such key"),
+        ([b"\xff\xfe"], [NORMAL], [], "tokenizer.ggml.tokens: want UTF-8, got b'\\xff\\xfe' at index 0"),
+        ("text", [NORMAL], [], "tokenizer.ggml.tokens: want list of str, got string"),
+        ([1, 2], [NORMAL], [], "tokenizer.ggml.tokens: want list of str, got array of 2 int32"),
+        (["a"], [1.0], [], "tokenizer.ggml.token_type: want list of int, got array of 1 float32"),
+        (
+            ["a"],
+            [NORMAL],
+            [" "],
+            "tokenizer.ggml.merges: want two tokens that make a third, got ' ' at index 0",
+        ),
+        (
+            ["a", "aa"],
+            [NORMAL] * 2,
+            ["a a a"],
+            "tokenizer.ggml.merges: want two tokens that make a third, got 'a a a' at index 0",
+        ),
+    ],
+)
 def test_hostile_lists_of_a_gguf(tmp_path, tokens, types, merges, message):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen35moe")
-    for key, value in (("model", "gpt2"), ("pre", "qwen35"), ("tokens", tokens), ("token_type", types),
-                       ("merges", merges)):
+    for key, value in (
+        ("model", "gpt2"),
+        ("pre", "qwen35"),
+        ("tokens", tokens),
+        ("token_type", types),
+        ("merges", merges),
+    ):
         add = writer.add_string if isinstance(value, str) else writer.add_array
         if value != []:
             add(f"tokenizer.ggml.{key}", value)
     writer.add_tensor("t", np.zeros(32, np.float32))
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file,
-                 writer.close):
+    for step in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         step()
     with pytest.raises(FileFormatError) as caught:
         Tokenizer.from_gguf(tmp_path / "m.gguf")
@@ -578,12 +819,116 @@ def test_faults_of_arguments(small):
 
 def test_without_the_extra(tmp_path):
     """One line of advice, and export goes on working."""
-    code = ("import sys; sys.modules['tokenizers'] = None\n"
-            "from pyengine.tokenizer import Tokenizer, export_tokenizer\n"
-            "export_tokenizer(sys.argv[1], sys.argv[2])\n"
-            "Tokenizer.from_gguf(sys.argv[1])")
-    done = subprocess.run([sys.executable, "-c", code, str(GOLDEN), str(tmp_path)],
-                          capture_output=True, text=True, cwd=tmp_path)
+    code = (
+        "import sys; sys.modules['tokenizers'] = None\n"
+        "from pyengine.text.gguf_vocabulary import export_tokenizer\n"
+        "from pyengine.text.tokenizer import Tokenizer\n"
+        "export_tokenizer(sys.argv[1], sys.argv[2])\n"
+        "Tokenizer.from_gguf(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(GOLDEN), str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stderr.strip().endswith(
-        "InputError: tokenizer: want the package's extra: pip install 'pyengine[text]'")
+        "InputError: tokenizer: want the package tokenizers: pip install 'pyengine-lm[text]'"
+    )
     assert (tmp_path / "tokenizer.json").exists()
+
+
+# ---- BOS ---------------------------------------------------------------------------------------
+
+
+def with_bos(path, bos=7):
+    more = {"tokenizer.ggml.bos_token_id": (bos, GGUFValueType.UINT32)} if bos is not None else {}
+    return rewrite(GOLDEN, path, {"tokenizer.ggml.add_bos_token": (True, GGUFValueType.BOOL), **more})
+
+
+def test_one_rule_for_bos_everywhere(tmp_path, capsys):
+    """The prompts of generate and completions, perplexity's text and tokenize; and no chat's."""
+    import pyengine
+    from pyengine.evaluation import perplexity
+    from pyengine.text.tokenizer import prompt_bos
+
+    path = with_bos(tmp_path / "m.gguf")
+    model, plain = pyengine.load(path, threads=1), pyengine.load(GOLDEN, threads=1)
+    the = plain.tokenizer.encode("the")
+    assert (
+        plain.tokenizer.encode_prompt("the") == the and prompt_bos(GOLDEN) is plain.tokenizer.bos_id is None
+    )
+    assert model.tokenizer.bos_id == prompt_bos(path) == perplexity.bos_id(model.checkpoint) == 7
+    assert model.tokenizer.encode("the") == the and model.tokenizer.encode_prompt("the") == [7, *the]
+    assert perplexity.text_ids(model.checkpoint, "the") == [7, *the]
+    answers = [m.generate(ids, 4).ids.tolist() for m, ids in ((model, "the"), (plain, [7, *the]))]
+    assert answers[0] == answers[1] and model.generate("the", 1).prompt_tokens == 1 + len(the)
+    assert model.generate(the, 1).prompt_tokens == len(the)
+    assert main(["tokenize", "-m", str(path), "-p", "the"]) == 0
+    assert capsys.readouterr().out.split() == ["7", *map(str, the)]
+    hi = [{"role": "user", "content": "hi"}]
+    chats = [m.chat_template.prompt(m.tokenizer, hi).ids.tolist() for m in (model, plain)]
+    assert chats[0] == chats[1]
+
+
+def test_bos_is_not_doubled(tmp_path):
+    """Where a text spells it, and where a chat template writes it."""
+    from pyengine.text.chat import ChatTemplate
+
+    tokenizer = Tokenizer.open(with_bos(tmp_path / "m.gguf", bos=271))
+    start = tokenizer.decode([271])
+    assert tokenizer.is_special(271) and tokenizer.encode_prompt(start, special=True) == [271]
+    assert tokenizer.encode_prompt(start)[0] == 271 and len(tokenizer.encode_prompt(start)) > 2
+    template = ChatTemplate("{{ bos_token }}{{ messages[0].content }}", special_tokens={"bos_token": start})
+    ids = template.prompt(tokenizer, [{"role": "user", "content": "the"}]).ids.tolist()
+    assert ids == [271, *tokenizer.encode("the")]
+
+
+def test_bos_of_a_gguf_with_a_fault(tmp_path):
+    with pytest.raises(FileFormatError, match="bos_token_id: want 0 to 287, got 5000"):
+        Tokenizer.open(with_bos(tmp_path / "m.gguf", bos=5000))
+    assert Tokenizer.open(with_bos(tmp_path / "n.gguf", bos=None)).bos_id == 11  # llama.cpp's
+
+
+TEMPLATE_PROCESSING = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [271], "tokens": ["<|im_start|>"]}},
+}
+
+
+@pytest.mark.parametrize(
+    "config, processor, want",
+    [
+        ({}, None, None),
+        ({"add_bos_token": True, "bos_token": "<|im_start|>"}, None, 271),
+        ({"add_bos_token": True, "bos_token": {"content": "<|im_start|>"}}, None, 271),
+        ({"add_bos_token": False, "bos_token": "<|im_start|>"}, None, None),
+        ({"add_bos_token": True, "bos_token": None}, None, None),
+        ({"bos_token": "<|im_start|>"}, None, None),
+        ({}, TEMPLATE_PROCESSING, 271),
+        ({}, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE_PROCESSING]}, 271),
+        ({}, {"type": "ByteLevel"}, None),
+    ],
+)
+def test_bos_of_a_directory(golden, tmp_path, config, processor, want):
+    from pyengine.text.tokenizer import prompt_bos
+
+    (tmp_path / "a").mkdir()
+    shutil.copy(FIXTURE / "config.json", tmp_path / "a")
+    definition = json.loads(golden.to_json())
+    (tmp_path / "a" / "tokenizer.json").write_text(json.dumps({**definition, "post_processor": processor}))
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert prompt_bos(tmp_path / "a") == want
+    assert Tokenizer.open(tmp_path / "a").bos_id == want
+
+
+@pytest.mark.golden
+def test_bos_of_an_export_is_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    export_tokenizer(with_bos(tmp_path / "m.gguf", bos=271), tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.open(tmp_path / "m.gguf")
+    assert theirs.encode("the end") == ours.encode_prompt("the end", special=True)
+    assert theirs.bos_token == ours.decode([271])

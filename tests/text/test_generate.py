@@ -2,20 +2,28 @@
 
 import codecs
 import json
+import re
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from chat_models import MODEL, assistant, user, with_template
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pyengine
-from pyengine import ops
-from pyengine.errors import FileFormatError, InputError
-from pyengine.generate import Session, generate
-from pyengine.quantize import quantize
-from pyengine.sampling import Sampler
-
-
+from pyengine.core import ops
+from pyengine.errors import FileFormatError, InputError, PyengineWarning
+from pyengine.quantizer.quantize import quantize
+from pyengine.text.answer import AnswerText, AnswerTokens
+from pyengine.text.generate import Generation, Token, generate
+from pyengine.text.model import ContextError
+from pyengine.text.options import SAMPLING, GenerationOptions
+from pyengine.text.sampling import Sampler
+from pyengine.text.session import Session
+from pyengine.text.thinking import ThinkingText
 
 # ---- a model of known words: after id i comes id i + 1, most likely ----------------------------
 
@@ -46,8 +54,9 @@ class Words:
     def stream(self, special):
         assert special is False
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return SimpleNamespace(push=lambda i: decoder.decode(self.words[i]),
-                               flush=lambda: decoder.decode(b"", True))
+        return SimpleNamespace(
+            push=lambda i: decoder.decode(self.words[i]), flush=lambda: decoder.decode(b"", True)
+        )
 
 
 def run(words, start=0, max_tokens=100, **options):
@@ -72,13 +81,13 @@ def test_length():
 
 
 def test_end_id_comes_last_and_without_text():
-    generation, tokens = run([b"a", b"b", b"<end>"], end_ids=[2])
+    generation, tokens = run([b"a", b"b", b"<end>"], stop_ids=[2])
     assert [(t.id, t.text) for t in tokens] == [(1, "b"), (2, "")]
     assert generation.finish_reason == "stop" and generation.completion_tokens == 2
 
 
 def test_end_id_as_the_last_that_fits_is_a_stop():
-    assert texts([b"a", b"b", b"c"], end_ids=[2], max_tokens=2) == (["b", ""], "stop")
+    assert texts([b"a", b"b", b"c"], stop_ids=[2], max_tokens=2) == (["b", ""], "stop")
 
 
 def test_no_tokens_wanted_none_computed():
@@ -99,24 +108,27 @@ def test_finish_reason_is_none_while_running():
 # ---- stop strings ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop, want", [
-    ("c", ["ab", ""]),  # within a token
-    ("bc", ["a", ""]),  # b is held back while it may be a beginning
-    ("de", ["ab", "c", ""]),
-    (["zz", "cde"], ["ab", "", ""]),
-])
+@pytest.mark.parametrize(
+    "stop, want",
+    [
+        ("c", ["ab", ""]),  # within a token
+        ("bc", ["a", ""]),  # b is held back while it may be a beginning
+        ("de", ["ab", "c", ""]),
+        (["zz", "cde"], ["ab", "", ""]),
+    ],
+)
 def test_stop_string(stop, want):
-    assert texts([b"-", b"ab", b"cd", b"efg"], stop_strings=stop, max_tokens=3) == (want, "stop")
+    assert texts([b"-", b"ab", b"cd", b"efg"], stop=stop, max_tokens=3) == (want, "stop")
 
 
 def test_a_beginning_that_stays_one_is_given_back():
     words = [b"-", b"ab", b"ac", b"a", b"<end>"]
-    assert texts(words, stop_strings="aca!", end_ids=[4]) == (["ab", "", "", "aca"], "stop")
-    assert texts(words, stop_strings="aca!", max_tokens=2) == (["ab", "ac"], "length")
+    assert texts(words, stop="aca!", stop_ids=[4]) == (["ab", "", "", "aca"], "stop")
+    assert texts(words, stop="aca!", max_tokens=2) == (["ab", "ac"], "length")
 
 
 def test_the_first_of_two_stop_strings_counts():
-    assert texts([b"-", b"one two"], stop_strings=["two", "one"]) == ([""], "stop")
+    assert texts([b"-", b"one two"], stop=["two", "one"]) == ([""], "stop")
 
 
 def test_text_is_whole_characters():
@@ -129,7 +141,7 @@ def test_text_is_whole_characters():
 
 
 def test_figures():
-    generation, tokens = run([b"a"] * 8, max_tokens=5)
+    generation, tokens = run([b"a"] * 8, max_tokens=5, logprobs=0)
     assert generation.prompt_seconds > 0 and generation.completion_seconds > 0
     assert generation.tokens_per_second == 4 / generation.completion_seconds
     assert generation.prompt_tokens_per_second == 1 / generation.prompt_seconds
@@ -137,11 +149,17 @@ def test_figures():
     assert all(token.logprob == pytest.approx(want) for token in tokens)
 
 
-@pytest.mark.parametrize("options, field", [
-    (dict(ids=[]), "ids"), (dict(ids=[3]), "ids"), (dict(max_tokens=-1), "max_tokens"),
-    (dict(max_tokens=1.5), "max_tokens"), (dict(stop_strings="a"), "stop_strings"),
-    (dict(stop_strings=[""], tokenizer=Words([])), "stop_strings"),
-])
+@pytest.mark.parametrize(
+    "options, field",
+    [
+        (dict(ids=[]), "ids"),
+        (dict(ids=[3]), "ids"),
+        (dict(max_tokens=-1), "max_tokens"),
+        (dict(max_tokens=1.5), "max_tokens"),
+        (dict(stop="a"), "stop"),
+        (dict(stop=[""], tokenizer=Words([])), "stop"),
+    ],
+)
 def test_errors_come_at_once(options, field):
     with pytest.raises(InputError, match=f"^{field}: want"):
         generate(CountingModel(3), **{"ids": [0], "max_tokens": 1, **options})
@@ -157,14 +175,13 @@ def model():
 
 def test_greedy_is_the_argmax_of_one_pass(model):
     prompt = [5, 17, 100, 3]
-    generation = generate(model, prompt, 6)
+    generation = generate(model, prompt, 6, logprobs=0)
     tokens = list(generation)
     ids = [token.id for token in tokens]
-    logits = model.forward(prompt + ids)[len(prompt) - 1:-1].astype(np.float64)
+    logits = model.forward(prompt + ids)[len(prompt) - 1 : -1].astype(np.float64)
     assert ids == logits.argmax(axis=1).tolist()
     log_sums = logits.max(axis=1) + np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1))
-    np.testing.assert_allclose([t.logprob for t in tokens],
-                               logits[np.arange(6), ids] - log_sums, rtol=1e-12)
+    np.testing.assert_allclose([t.logprob for t in tokens], logits[np.arange(6), ids] - log_sums, rtol=1e-12)
     assert generation.state.position == len(prompt) + 5
 
 
@@ -191,7 +208,7 @@ def test_cancel_ends_it_before_the_next_token(model):
 
 
 def test_cancel_ends_it_within_the_prompt(model, monkeypatch):
-    monkeypatch.setattr("pyengine.generate.PIECE", 4)
+    monkeypatch.setattr(Generation, "piece", 4)
     generation = generate(model, list(range(20)), 8)
     forward, pieces = model.forward, []
 
@@ -206,7 +223,7 @@ def test_cancel_ends_it_within_the_prompt(model, monkeypatch):
 
 
 def test_progress_of_a_prompt(model, monkeypatch):
-    monkeypatch.setattr("pyengine.generate.PIECE", 8)
+    monkeypatch.setattr(Generation, "piece", 8)
     session, done = model.new_session(), []
     for ids, want in [(range(20), [0, 8, 8, 4]), (range(30), [20, 8, 2])]:
         done.clear()
@@ -218,7 +235,7 @@ def test_progress_of_a_prompt(model, monkeypatch):
 
 def test_pieces_of_a_prompt_change_no_bit(model, monkeypatch):
     whole = list(generate(model, list(range(20)), 4, logprobs=5))
-    monkeypatch.setattr("pyengine.generate.PIECE", 3)
+    monkeypatch.setattr(Generation, "piece", 3)
     assert list(generate(model, list(range(20)), 4, logprobs=5)) == whole
 
 
@@ -243,8 +260,11 @@ def test_text_is_its_ids(chat):
     from_text = chat.generate(TEXT, 6)
     from_ids = chat.generate(chat.tokenizer.encode(TEXT), 6)
     assert outcome(from_text) == outcome(from_ids) and len(from_text.tokens) <= 6
-    assert from_text.tokens == list(generate(chat, chat.tokenizer.encode(TEXT), 6, tokenizer=chat.tokenizer,
-                                             end_ids=chat.tokenizer.end_ids))
+    assert from_text.tokens == list(
+        generate(
+            chat, chat.tokenizer.encode(TEXT), 6, tokenizer=chat.tokenizer, stop_ids=chat.tokenizer.end_ids
+        )
+    )
     shown = [i for i in from_text.ids if i not in chat.tokenizer.end_ids]
     assert from_text.text == chat.tokenizer.decode(shown, special=False)
 
@@ -261,8 +281,9 @@ def test_a_stream_computes_when_it_is_asked(chat):
     assert stream.prompt_tokens_per_second > 0
 
 
-@pytest.mark.parametrize("batch", [
-    [TEXT, "on", TEXT], [[1, 2, 3], [4]], np.array([[1, 2], [3, 4]]), [TEXT, [1, 2], [user("in")]]])
+@pytest.mark.parametrize(
+    "batch", [[TEXT, "on", TEXT], [[1, 2, 3], [4]], np.array([[1, 2], [3, 4]]), [TEXT, [1, 2], [user("in")]]]
+)
 def test_a_batch_is_each_alone(chat, batch):
     options = dict(max_tokens=5, temperature=1.0, seed=3)
     together = chat.generate(batch, **options)
@@ -279,8 +300,11 @@ def test_arrays_and_their_shapes(chat):
     order = np.argsort(-logits, axis=1, kind="stable")[:, :4]
     assert np.array_equal(generation.top_ids, order)
     assert np.array_equal(generation.top_ids[:, 0], generation.ids)  # greedy
-    np.testing.assert_allclose(np.exp(generation.top_logprobs), np.take_along_axis(
-        np.exp(logits) / np.exp(logits).sum(1, keepdims=True), order, 1), rtol=1e-12)
+    np.testing.assert_allclose(
+        np.exp(generation.top_logprobs),
+        np.take_along_axis(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), order, 1),
+        rtol=1e-12,
+    )
     none = chat.generate([1, 2, 3], 2)
     assert none.top_ids.shape == (len(none.tokens), 0)
     everything = chat.generate([1], 1, logprobs=10_000)
@@ -289,8 +313,10 @@ def test_arrays_and_their_shapes(chat):
 
 def test_stop_ids_and_end_ids(chat):
     free = chat.generate(TEXT, 6, ignore_end=True).ids.tolist()
-    assert chat.generate(TEXT, 6, ignore_end=True, stop_ids=[free[2]]).ids.tolist() == \
-        free[:free.index(free[2]) + 1]
+    assert (
+        chat.generate(TEXT, 6, ignore_end=True, stop_ids=[free[2]]).ids.tolist()
+        == free[: free.index(free[2]) + 1]
+    )
     end = chat.tokenizer.end_ids
     forced = dict(logit_bias={end[-1]: 1000.0})
     assert chat.generate(TEXT, 6, **forced).finish_reason == "stop"  # every end id, not only the first
@@ -302,27 +328,133 @@ def test_context_bounds_prompt_and_answer(chat):
     generation = chat.generate(ids, context=10, ignore_end=True)
     assert len(generation.tokens) == 2 and generation.finish_reason == "length"
     assert len(chat.generate(ids, 1, context=10).tokens) == 1
-    assert chat.generate(ids, context=8).tokens == []
-    with pytest.raises(InputError, match="prompt: want at most 7 tokens, the context, got 8"):
-        chat.generate(ids, context=7)
+    assert chat.generate(ids, 0, context=8).tokens == []
+    for context in (7, 8):  # of 8, the prompt would leave nothing for an answer
+        with pytest.raises(ContextError, match=f"prompt: want at most {context - 1} of the context") as e:
+            chat.generate(ids, context=context)
+        assert (e.value.context, e.value.tokens) == (context, 8)
 
 
-@pytest.mark.parametrize("prompt, options, message", [
-    ("", {}, "prompt: want at least one token"), ([], {}, "prompt: want at least one token"),
-    ([user("a")], dict(reasoning="maybe"), "reasoning: want auto or on or off, got 'maybe'"),
-    ([user("a")], dict(reasoning_budget=-1), "reasoning_budget: want an integer of at least 0"),
-    ("a", dict(reasoning="on"), "reasoning: want it with messages, got it with text"),
-    ([1], dict(reasoning_budget=0), "reasoning_budget: want it with messages, got it with ids"),
-    ("a", dict(context=0), "context: want an integer of at least 1, got 0"),
-    ("a", dict(logprobs=-1), "logprobs: want an integer of at least 0, got -1"),
-    ("a", dict(max_tokens=-1), "max_tokens: want an integer of at least 0, got -1"),
-    ("a", dict(temperature=-1), "temperature: want"),
-    ("a", dict(heat=1), "want the keywords of sampling.Sampler, got heat"),
-    ([{"role": "user"}], {}, r"messages\[0\]: want a content"),
-])
+def test_a_context_above_the_models_is_a_warning(chat):
+    with pytest.warns(PyengineWarning, match=f"more than the {chat.context} that the model was made") as seen:
+        chat.generate([[1], [2]], 1, context=chat.context + 1)
+    assert len(seen) == 1 and seen[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "prompt, options, message",
+    [
+        ("", {}, "prompt: want at least one token"),
+        ([], {}, "prompt: want at least one token"),
+        ([user("a")], dict(reasoning="maybe"), "reasoning: want auto or on or off, got 'maybe'"),
+        ([user("a")], dict(reasoning_budget=-2), "reasoning_budget: want an integer of at least 0"),
+        ("a", dict(reasoning="on"), "reasoning: want it with messages, got it with text"),
+        ([1], dict(reasoning_budget=0), "reasoning_budget: want it with messages, got it with ids"),
+        ("a", dict(context=0), "context: want an integer of at least 1, got 0"),
+        ("a", dict(logprobs=-1), "logprobs: want an integer of at least 0, got -1"),
+        ("a", dict(max_tokens=-2), "max_tokens: want an integer of at least 0, got -2"),
+        ("a", dict(temperature=-1), "temperature: want"),
+        ("a", dict(heat=1), r"heat: want a keyword of generate \(max_tokens, .*logit_bias\), got another"),
+        ("a", dict(stop=""), "stop: want texts of at least one character, got ''"),
+        ("a", dict(stop=5), "stop: want a text or several, got 5"),
+        ("a", dict(stop_ids=5), "stop_ids: want a list of ids, got 5"),
+        ("a", dict(stop_ids=[288]), "stop_ids: want ids below 288, got 288"),
+        ("a", dict(stop_ids=["x"]), "stop_ids: want an integer of at least 0, got 'x'"),
+        ("a", dict(ignore_end="no"), "ignore_end: want True or False, got 'no'"),
+        ("a", dict(sampling={"heat": 1}), "sampling: want keywords of Sampler"),
+        ("a", dict(session="s"), "session: want one of new_session, got str"),
+        ("a", dict(options={}), "options: want GenerationOptions, got dict"),
+        ([user("a")], dict(tools="t"), "tools: want a list of objects, got 't'"),
+        ([user("a")], dict(template_options=[1]), "template_options: want an object, got"),
+        ([user("a")], dict(template_options={"messages": []}), "want no variable messages"),
+        (
+            [user("a")],
+            dict(template_options={"enable_thinking": "false"}),
+            "template_options: want enable_thinking true or false, got 'false'",
+        ),
+        ([user("a")], dict(template_options={"enable_thinking": 0}), "true or false, got 0"),
+        (
+            [user("a")],
+            dict(template_options={"enable_thinkng": False}),
+            "template_options: want enable_thinking, got 'enable_thinkng'",
+        ),
+        ([user("a")], dict(template_options={"enableThinking": False}), "want enable_thinking, got"),
+        (
+            [user("a")],
+            dict(reasoning="on", template_options={"enable_thinking": False}),
+            "template_options: want enable_thinking as reasoning 'on' has it, got False",
+        ),
+        (None, {}, "prompt: want text, a list of messages, token ids, or a list of these, got None"),
+        (5, {}, "prompt: want text, .*got 5"),
+        (user("a"), {}, "prompt: want text, .*got {"),
+        (b"abc", {}, "prompt: want text, "),
+        (iter([1]), {}, "prompt: want text, "),
+        (["a", None], {}, r"prompt\[1\]: want text, .*got None"),
+        ([1.5], {}, "prompt: want integers, got float64"),
+        ([288], {}, "prompt: want 0 to 287, got 288 at index 0"),
+        ([[1], [-1]], {}, r"prompt\[1\]: want 0 to 287, got -1"),
+        ("a\ud800", {}, "prompt: want Unicode"),
+        ([{"role": "user"}], {}, r"messages\[0\]: want a content"),
+    ],
+)
 def test_faults_come_at_once(chat, prompt, options, message):
     with pytest.raises(InputError, match=message):
         chat.generate(prompt, stream=True, **options)
+
+
+def test_a_session_of_another_model_is_refused(chat, model):
+    with pytest.raises(InputError, match="session: want one of this model"):
+        chat.generate([1], 1, session=model.new_session())
+
+
+def test_options_are_the_keywords(chat):
+    options = GenerationOptions(max_tokens=6, ignore_end=True, sampling={"temperature": 1.0, "seed": 5})
+    want = chat.generate(TEXT, 6, ignore_end=True, temperature=1.0, seed=5)
+    assert outcome(chat.generate(TEXT, options=options)) == outcome(want)
+    other = chat.generate(TEXT, 4, options=options, seed=6)
+    assert outcome(other) == outcome(chat.generate(TEXT, 4, ignore_end=True, temperature=1.0, seed=6))
+    assert options.sampling == {"temperature": 1.0, "seed": 5}
+
+
+def test_the_readme_names_every_keyword():
+    text = (Path(pyengine.__file__).parent / "text" / "README.md").read_text()
+    table = text.split("| keyword |")[1].split("\n\n")[0]
+    named = {
+        name
+        for row in table.splitlines()
+        for name in re.findall(r"`(\w+)`", row.split("|")[1] if row else "")
+    }
+    assert named == {field.name for field in fields(GenerationOptions)} - {"sampling"} | set(SAMPLING)
+
+
+def test_minus_one_is_no_limit(chat):
+    free = chat.generate([1, 2], context=9, ignore_end=True)
+    assert outcome(chat.generate([1, 2], -1, context=9, ignore_end=True)) == outcome(free)
+    assert len(free.tokens) == 7
+
+
+def test_min_tokens_holds_the_ends_back(chat):
+    end = chat.tokenizer.end_ids[0]
+    options = dict(logit_bias={end: 1000.0})
+    assert len(chat.generate(TEXT, 8, **options).tokens) == 1
+    held = chat.generate(TEXT, 8, min_tokens=5, logprobs=288, **options)
+    assert len(held.tokens) == 6 and held.ids[-1] == end and end not in held.ids[:-1]
+    free = chat.generate(
+        TEXT, 5, logprobs=288, ignore_end=True, logit_bias=dict.fromkeys(chat.tokenizer.end_ids, -1000.0)
+    )
+    assert held.tokens[:5] == free.tokens  # the log-probabilities reported are the model's own
+    other = free.ids.tolist()[0]
+    assert other not in chat.generate(TEXT, 4, min_tokens=4, stop_ids=[other]).ids
+
+
+def test_how_they_are_shown(chat):
+    session = chat.new_session()
+    generation = chat.generate(TEXT, 3, session=session, ignore_end=True)
+    assert str(generation) == generation.text and repr(generation).startswith("<Generation: ")
+    assert f"{generation.prompt_tokens} prompt tokens, 3 tokens, length: " in repr(generation)
+    assert repr(session) == f"<Session: {generation.prompt_tokens + 2} tokens, 1 marks>"
+    assert repr(chat) == f"<LockedTextModel {chat.checkpoint.path}: 4 layers, vocabulary 288>"
+    assert "\n" not in repr(chat.generate(TEXT, 0)) and "length" in repr(chat.generate(TEXT, 0))
 
 
 def test_ids_need_no_tokenizer(chat, monkeypatch):
@@ -331,7 +463,7 @@ def test_ids_need_no_tokenizer(chat, monkeypatch):
     bare = pyengine.load(MODEL, threads=1)
     got = bare.generate([1, 2], 3)
     assert got.ids.tolist() == want and got.text == ""
-    with pytest.raises(InputError, match="extra"):
+    with pytest.raises(InputError, match="pyengine-lm"):
         bare.generate("text", 3)
 
 
@@ -348,7 +480,7 @@ def test_settings_of_a_gguf(tmp_path):
     path = with_template(tmp_path / "m.gguf", temp=0.7, top_k=5, top_p=0.95, penalty_repeat=1.1)
     model = pyengine.load(path, threads=1)
     assert model.generation_settings == dict(temperature=0.7, top_k=5, top_p=0.95, repetition_penalty=1.1)
-    sampled = model.generate([1, 2, 3], 8)
+    sampled = model.generate([1, 2, 3], 8, logprobs=0)
     named = pyengine.load(MODEL, threads=1).generate([1, 2, 3], 8, **model.generation_settings)
     assert sampled.tokens[0].logprob and sampled.ids.tolist() == named.ids.tolist()
     greedy = model.generate([1, 2, 3], 8, temperature=0, repetition_penalty=1.0)
@@ -368,25 +500,36 @@ def int8(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("fields, want", [
-    ({}, {"temperature": 0.0}),  # Hugging Face: greedy unless do_sample
-    ({"temperature": 0.6, "top_k": 20}, {"temperature": 0.0}),
-    ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": None},
-     {"temperature": 0.6, "top_k": 20, "top_p": 0.9}),
-    ({"do_sample": True}, {"temperature": 1.0}),
-    ({"do_sample": False, "repetition_penalty": 1.2}, {"temperature": 0.0, "repetition_penalty": 1.2}),
-])
+@pytest.mark.parametrize(
+    "fields, want",
+    [
+        ({}, {"temperature": 0.0}),  # Hugging Face: greedy unless do_sample
+        ({"temperature": 0.6, "top_k": 20}, {"temperature": 0.0}),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": None},
+            {"temperature": 0.6, "top_k": 20, "top_p": 0.9},
+        ),
+        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),  # transformers' default
+        (
+            {"do_sample": False, "repetition_penalty": 1.2},
+            {"temperature": 0.0, "repetition_penalty": 1.2, "penalty_last_n": -1},  # it looks at every token
+        ),
+    ],
+)
 def test_settings_of_a_directory(int8, fields, want):
     (int8 / "generation_config.json").write_text(json.dumps(fields))
     assert pyengine.load(int8, threads=1).generation_settings == want
 
 
 def test_quantizing_keeps_the_settings(tmp_path):
-    quantize(with_template(tmp_path / "m.gguf", temp=0.7, top_k=5, penalty_repeat=1.1), int8=tmp_path / "int8")
+    quantize(
+        with_template(tmp_path / "m.gguf", temp=0.7, top_k=5, penalty_repeat=1.1), int8=tmp_path / "int8"
+    )
     said = json.loads((tmp_path / "int8" / "generation_config.json").read_text())
     assert (said["do_sample"], said["temperature"], said["top_k"]) == (True, 0.7, 5)
     assert pyengine.load(tmp_path / "int8").generation_settings == dict(
-        temperature=0.7, top_k=5, repetition_penalty=1.1)
+        temperature=0.7, top_k=5, repetition_penalty=1.1, penalty_last_n=64
+    )
 
 
 # ---- sessions --------------------------------------------------------------------------------
@@ -419,7 +562,10 @@ def test_any_order_of_prompts_gives_the_same_bits(model):
     session, prompts, reused = Session(model, marks=3), [[1, 2, 3]], 0
     for _ in range(40):
         old = prompts[-rng.integers(1, min(len(prompts), 3) + 1)]  # mostly what was there just now
-        ids = [*old[:max(0, len(old) - rng.integers(0, 6))], *rng.integers(0, 288, rng.integers(1, 6)).tolist()]
+        ids = [
+            *old[: max(0, len(old) - rng.integers(0, 6))],
+            *rng.integers(0, 288, rng.integers(1, 6)).tolist(),
+        ]
         generation = same(model, session, ids, int(rng.integers(1, 4)))
         reused += generation.cached_tokens
         prompts.append(ids + generation.ids.tolist())
@@ -489,12 +635,12 @@ def test_turns_of_a_chat_compute_only_what_is_new(chat, reasoning):
 def test_a_spent_budget_forces_the_closing_tag(chat, budget):
     closing = chat.tokenizer.encode("</think>", special=True)
     free = chat.generate([user("the end")], budget, ignore_end=True)
-    generation = chat.generate([user("the end")], 30, reasoning_budget=budget, ignore_end=True)
+    generation = chat.generate([user("the end")], 30, reasoning_budget=budget, ignore_end=True, logprobs=0)
     ids = generation.ids.tolist()
-    assert ids[:budget] == free.ids.tolist() and ids[budget:budget + len(closing)] == closing
+    assert ids[:budget] == free.ids.tolist() and ids[budget : budget + len(closing)] == closing
     assert generation.thinking_tokens == budget + len(closing)
     assert "</think>" not in generation.text and "</think>" not in generation.thinking
-    rest = chat.tokenizer.decode(ids[budget + len(closing):], special=False)
+    rest = chat.tokenizer.decode(ids[budget + len(closing) :], special=False)
     assert generation.text == rest.lstrip("\n")
     assert generation.thinking == chat.tokenizer.decode(ids[:budget], special=False).strip("\n")
     anew = chat.forward([*chat.chat_template.prompt(chat.tokenizer, [user("the end")]).ids, *ids])[-2]
@@ -512,7 +658,7 @@ def test_stop_strings_are_looked_for_in_the_answer_alone(chat):
     common = next((c for c in free.text if c in free.thinking), free.text[-1])
     stopped = chat.generate([user("the end")], 24, reasoning_budget=6, ignore_end=True, stop=common)
     assert stopped.thinking == free.thinking and stopped.finish_reason == "stop"
-    assert stopped.text == free.text[:free.text.index(common)]
+    assert stopped.text == free.text[: free.text.index(common)]
 
 
 def test_tags_that_are_special_tokens(tmp_path):
@@ -526,3 +672,95 @@ def test_tags_that_are_special_tokens(tmp_path):
     ids = generation.ids.tolist()
     assert ids[2] == closing[0] and generation.thinking_tokens == 3
     assert generation.text == model.tokenizer.decode(ids[3:], special=False).lstrip("\n")
+
+
+# ---- which tokens the text is made of --------------------------------------------------------
+
+
+def shares(generation):
+    """-> ids of the thinking's tokens, and the text's bytes as text."""
+    tokens, thinking, text = AnswerTokens(generation.model.tokenizer), [], b""
+    for token in [*generation.tokens, None]:
+        thought, said = tokens.flush() if token is None else tokens.push(token)
+        thinking += [t.id for t in thought]
+        text += b"".join(raw for _, raw in said)
+    return thinking, text.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("budget", [0, 2, 7, None])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_tokens_of_the_text_joined_are_the_text(chat, budget, temperature):
+    for seed in range(4):
+        options = dict(reasoning_budget=budget, temperature=temperature, seed=seed)
+        generation = chat.generate([user("the end")], 40, **options)
+        thinking, text = shares(generation)
+        assert text == generation.text
+        assert len(thinking) >= generation.thinking_tokens - 1  # an end token inside it has no text
+        for first in range(min(8, len(generation.text))):  # a stop string takes tokens, and parts of one
+            stop = generation.text[first : first + 1 + first % 3]
+            if stop and "\ufffd" not in stop:
+                stopped = chat.generate([user("the end")], 40, stop=stop, **options)
+                # bytes that are no character, right before a stop string, may be one U+FFFD or two
+                assert shares(stopped)[1].rstrip("\ufffd") == stopped.text.rstrip("\ufffd")
+
+
+class Pieces(Words):
+    def is_special(self, token):
+        return self.words[token].startswith(b"<|")
+
+    def encode(self, text, special):
+        return [0, 0]
+
+    def stream(self, special):
+        plain = super().stream(special)
+        push = plain.push
+        plain.push = lambda i: "" if self.is_special(i) else push(i)
+        return plain
+
+    def token_bytes(self, token):
+        return self.words[token]
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "a",
+                "b ",
+                "\n",
+                "<think>",
+                "</think>",
+                "<th",
+                "ink>",
+                "</th",
+                "k>\n\nc",
+                "a</think>\nb",
+                "<|x|>",
+            ]
+        ).map(str.encode)
+        | st.sampled_from([b"\xe2", b"\x82", b"\xac", "é".encode(), b"\xff"]),
+        max_size=12,
+    ),
+    st.lists(st.sampled_from(["a", "bc", "b a", "\n", "é"]), max_size=2),
+    st.booleans(),
+)
+def test_any_tokens_joined_are_the_text(words, stop, inside):
+    """Tags, characters and stop strings may be cut into tokens anywhere."""
+    words = [b"?", *words]
+    answer = AnswerText(Pieces(words), tuple(stop), ThinkingText(inside))
+    tokens, said, text = AnswerTokens(answer._tokenizer), b"", ""
+    for i in range(1, len(words)):
+        piece, thinking = answer.push(i)
+        last = answer.stopped or i == len(words) - 1
+        if last:
+            piece, thinking = (a + b for a, b in zip((piece, thinking), answer.flush()))
+        text += piece
+        said += b"".join(raw for _, raw in tokens.push(Token(i, 0.0, piece, thinking, (), answer.place))[1])
+        assert text.startswith(said.decode("utf-8", "replace").rstrip("\ufffd"))  # never too early
+        if last:
+            break
+    said += b"".join(raw for _, raw in tokens.flush()[1])
+    joined = said.decode("utf-8", "replace")
+    if answer.stopped:  # bytes that are no character, right before a stop string, may be one U+FFFD or two
+        joined, text = joined.rstrip("\ufffd"), text.rstrip("\ufffd")
+    assert joined == text

@@ -1,0 +1,1 @@
+"""The text engine: prompts and messages in, text out."""
