@@ -6,15 +6,17 @@ import math
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as T
-from rewrite import GOLDEN, rewrite
+from paths import GOLDEN
+from rewrite import rewrite
 
-from pyengine import quality
-from pyengine.checkpoint import model_specs, open_checkpoint
+from pyengine.checkpoint.families import model_specs
+from pyengine.checkpoint.open import open_checkpoint
 from pyengine.cli import main
+from pyengine.demo import CHECKPOINT
 from pyengine.errors import CheckpointError, InputError
 from pyengine.files.gguf import GGUF
-from pyengine.models import CHECKPOINT
-from pyengine.quantize import quantize
+from pyengine.quantizer import quality, quality_report
+from pyengine.quantizer.quantize import quantize
 
 PLAIN, NEXTN = GOLDEN / "pattern31.gguf", GOLDEN / "nextn.gguf"
 
@@ -29,16 +31,17 @@ def by_hand(x, y, group):
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
     error = np.linalg.norm(x - y) / np.linalg.norm(x)
     padding = [(0, 0), (0, -x.shape[1] % group)]
-    noise, signal = (np.linalg.norm(np.pad(values, padding).reshape(len(x), -1, group), axis=-1)
-                     for values in (x - y, x))
+    noise, signal = (
+        np.linalg.norm(np.pad(values, padding).reshape(len(x), -1, group), axis=-1) for values in (x - y, x)
+    )
     ratios = noise / np.where(signal, signal, 1)
     place = np.unravel_index(ratios.argmax(), ratios.shape)
     return error, -20 * math.log10(error) if error else math.inf, place, ratios[place]
 
 
-@pytest.mark.parametrize("bits, group", [(8, 128), (4, 128), (4, 32)])
+@pytest.mark.parametrize("bits, group", [(8, 128), pytest.param(4, 128, marks=pytest.mark.slow), (4, 32)])
 def test_figures_of_a_directory(tmp_path, monkeypatch, source, bits, group):
-    monkeypatch.setattr(quality, "PIECE", 1000)  # several blocks of rows, the last of them short
+    monkeypatch.setattr(quality, "COMPARED_VALUES", 1000)  # several blocks of rows, the last of them short
     quantize(source, **{f"int{bits}": tmp_path / "out"}, group_size=group)
     before, after = (open_checkpoint(path).tensors for path in (source, tmp_path / "out"))
     measured = quality.measure(tmp_path / "out", source)
@@ -67,17 +70,18 @@ def test_a_layer_and_the_whole_are_their_tensors_together(tmp_path, source):
     before, after = (open_checkpoint(path).tensors for path in (source, tmp_path / "out"))
     measured = quality.measure(tmp_path / "out", source)
     config = open_checkpoint(source).config
-    assert [f.name for f in measured.layers] == [
-        f"model.layers.{i}" for i in range(config.num_hidden_layers)]
+    assert [f.name for f in measured.layers] == [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
     for figures in [*measured.layers, measured.quantized, measured.whole]:
-        names = [spec.name for spec in model_specs(config) if figures.name == "whole"
-                 or after[spec.name].type == "INT4" and (figures.name == "quantized tensors"
-                                                        or spec.name.startswith(figures.name + "."))]
-        x, y = (np.concatenate([tensors[n].float64().ravel() for n in names])
-                for tensors in (before, after))
+        names = [
+            spec.name
+            for spec in model_specs(config)
+            if figures.name == "whole"
+            or after[spec.name].type == "INT4"
+            and (figures.name == "quantized tensors" or spec.name.startswith(figures.name + "."))
+        ]
+        x, y = (np.concatenate([tensors[n].float64().ravel() for n in names]) for tensors in (before, after))
         assert figures.values == x.size and x.size
-        assert math.isclose(figures.relative_error, np.linalg.norm(x - y) / np.linalg.norm(x),
-                            rel_tol=1e-12)
+        assert math.isclose(figures.relative_error, np.linalg.norm(x - y) / np.linalg.norm(x), rel_tol=1e-12)
     worst = max(measured.tensors, key=lambda f: f.worst.relative_error)
     assert measured.whole.worst == worst.worst == measured.quantized.worst
     assert measured.quantized.signal < measured.whole.signal
@@ -97,11 +101,15 @@ def test_a_forecast_is_what_quantize_then_gives(tmp_path, source):
 @pytest.mark.parametrize("source", [CHECKPOINT, *sorted(GOLDEN.glob("*.gguf"))], ids=lambda p: p.stem)
 def test_what_a_searched_scale_gains(source, capsys):
     absmax8, mse8, absmax4, mse4 = (f.quantized for f in quality.forecast(source))
-    gains = {bits: mse.snr_db - absmax.snr_db
-             for bits, absmax, mse in ((8, absmax8, mse8), (4, absmax4, mse4))}
+    gains = {
+        bits: mse.snr_db - absmax.snr_db for bits, absmax, mse in ((8, absmax8, mse8), (4, absmax4, mse4))
+    }
     with capsys.disabled():
-        print(f"\n{source.stem:>12}: INT8 {absmax8.snr_db:.2f} dB, --scale mse +{gains[8]:.3f}; "
-              f"INT4 {absmax4.snr_db:.2f} dB, +{gains[4]:.3f}", end="")
+        print(
+            f"\n{source.stem:>12}: INT8 {absmax8.snr_db:.2f} dB, --scale mse +{gains[8]:.3f}; "
+            f"INT4 {absmax4.snr_db:.2f} dB, +{gains[4]:.3f}",
+            end="",
+        )
     assert 0 < gains[8] < gains[4]
 
 
@@ -109,7 +117,7 @@ def test_equal_values_have_no_noise():
     measured = quality.measure(PLAIN, PLAIN)
     assert measured.whole.relative_error == 0 and measured.whole.snr_db == math.inf
     assert {f.type for f in measured.tensors} == {"Q8_0", "F32"}
-    assert json.loads(quality.as_json([measured]))[0]["whole"]["snr_db"] is None
+    assert json.loads(quality_report.as_json([measured]))[0]["whole"]["snr_db"] is None
 
 
 def test_zeros_in_the_source():
@@ -139,14 +147,48 @@ def test_the_command(tmp_path, capsys):
     assert len(said[0]["tensors"]) == len(measured[0].tensors)
 
     assert main(["quality", *twins, "--source", str(NEXTN)]) == 0
-    assert f"{measured[1].whole.snr_db:.2f}" in capsys.readouterr().out.splitlines()[-1]
+    (whole,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("whole "))
+    assert whole.split()[1::2] == [f"{m.whole.snr_db:.2f}" for m in measured]
     assert main(["quality", twins[0], "--source", str(NEXTN)]) == 0
     out = capsys.readouterr().out
     worst = measured[0].whole.worst
-    assert f"{worst.tensor} [" in out.splitlines()[-1]
-    assert f"{worst.row}] group {worst.group}" in out.splitlines()[-1]
+    (whole,) = (line for line in out.splitlines() if line.startswith("whole "))
+    assert worst.tensor.removeprefix("model.").removesuffix(".weight") + " [" in whole
+    assert f"{worst.row}] group {worst.group}" in whole
     assert main(["quality", str(NEXTN), "--int4", "--scale", "mse", "--group-size", "32"]) == 0
     assert "INT4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", [quality_report.as_table, quality_report.as_markdown])
+@pytest.mark.parametrize("scales", [["absmax"], ["absmax", "mse"]])
+def test_the_table_names_every_changed_tensor_and_counts_the_others(form, scales):
+    """Whatever the model: a row per tensor that differs, no row without a figure, no long line."""
+    for source in (PLAIN, NEXTN, CHECKPOINT):
+        forecasts = quality.forecast(source, [4], scales)
+        text = form(forecasts)
+        rows = [line.strip("|").split() for line in text.splitlines() if line]
+        equal = [
+            figures[0]
+            for figures in zip(*(f.tensors for f in forecasts))
+            if not any(f.relative_error for f in figures)
+        ]
+        for tensor in forecasts[0].tensors:
+            named = [row for row in rows if row[0] == quality_report.short_name(tensor.name)]
+            assert len(named) == (tensor not in equal)
+        counts = [line for line in text.splitlines() if "tensors equal the source" in line]
+        assert len(counts) == 1 and f"{len(equal)} tensors equal" in counts[0]
+        assert " inf" not in text and max(map(len, text.splitlines())) <= 110
+
+
+def test_the_table_of_equal_models_and_of_many():
+    same = quality.measure(PLAIN, PLAIN)
+    lines = quality_report.as_table([same]).splitlines()
+    assert len(lines) == 5 and lines[2].split()[:2] == ["whole", "0.000e+00"]
+    assert lines[-1].startswith(f"{len(same.tensors)} tensors equal the source in every value: ")
+    many = quality_report.as_table([same] * 30)
+    assert f"30: {PLAIN}" in many and "30: dB" in many
+    part = [quality.measure(PLAIN, PLAIN), *quality.forecast(PLAIN, [8], ["absmax"])]
+    assert "equal" in next(line for line in quality_report.as_table(part).splitlines() if "lm_head" in line)
 
 
 @pytest.mark.parametrize("suffix, start", [("png", b"\x89PNG"), ("svg", b"<?xml")])
@@ -157,15 +199,18 @@ def test_the_plot(tmp_path, suffix, start):
     assert path.read_bytes().startswith(start)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([PLAIN, NEXTN], "want --source SRC"),
-    ([PLAIN, "--source", PLAIN, "--int8"], "--int8: want it without --source"),
-    ([PLAIN, "--source", PLAIN, "--group-size", "32"], "--group-size: want it without --source"),
-    ([PLAIN, "--source", NEXTN], "model.embed_tokens.weight: want (128, 64), as in"),
-    ([PLAIN, "--group-size", "33"], "group size: want an even number"),
-    ([PLAIN, "--plot", "x.pdf"], "want a file name that ends in .png or .svg"),
-    (["nothing"], "want a GGUF file or a checkpoint directory, got no such path"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([PLAIN, NEXTN], "want --source SRC"),
+        ([PLAIN, "--source", PLAIN, "--int8"], "--int8: want it without --source"),
+        ([PLAIN, "--source", PLAIN, "--group-size", "32"], "--group-size: want it without --source"),
+        ([PLAIN, "--source", NEXTN], "model.embed_tokens.weight: want (128, 64), as in"),
+        ([PLAIN, "--group-size", "33"], "group size: want an even number"),
+        ([PLAIN, "--plot", "x.pdf"], "want a file name that ends in .png or .svg"),
+        (["nothing"], "want a GGUF file or a checkpoint directory, got no such path"),
+    ],
+)
 def test_one_line_and_exit_2(capsys, arguments, message):
     assert main(["quality", *map(str, arguments)]) == 2
     out, err = capsys.readouterr()
@@ -174,7 +219,7 @@ def test_one_line_and_exit_2(capsys, arguments, message):
 
 def test_a_quantized_directory_without_its_source(tmp_path):
     quantize(PLAIN, tmp_path / "int8")
-    with pytest.raises(InputError, match="want floats or a GGUF, got a checkpoint that is quantised"):
+    with pytest.raises(InputError, match="want floats or a GGUF, got a checkpoint that is quantized"):
         quality.forecast(tmp_path / "int8")
 
 

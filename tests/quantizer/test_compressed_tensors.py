@@ -1,18 +1,22 @@
-"""A quantised checkpoint as compressed-tensors' `pack-quantized`: the same values to the bit."""
+"""A quantized checkpoint as compressed-tensors' `pack-quantized`: the same values to the bit."""
 
 import json
+import re
 
 import numpy as np
 import pytest
-from rewrite import GOLDEN
+from paths import GOLDEN
 
-from pyengine.checkpoint import open_checkpoint
+from pyengine.checkpoint.open import open_checkpoint
 from pyengine.errors import CheckpointError, InputError
-from pyengine.export import export_compressed_tensors, scales_of_groups
 from pyengine.files.safetensors import SafetensorsDirectory, SafetensorsWriter
-from pyengine.quantize import quantize
+from pyengine.quantizer.compressed_tensors import FUSED, export_compressed_tensors, scales_of_groups
+from pyengine.quantizer.quantize import quantize
 
-TWINS = [(name, bits) for name in ("pattern31", "nextn", "odd") for bits in (8, 4)]
+TWINS = [*((name, bits) for name in ("pattern31", "nextn", "odd") for bits in (8, 4)), ("next", 8)]
+MIXED = [("pattern31", "mixed"), ("next", "mixed")]
+TWINS += MIXED
+MIX = "*.experts.*=int4,*.layers.0.*=int8,*.k_proj=int4,*.layers.[13].*=int8"
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +26,8 @@ def exported(tmp_path_factory, odd_model):
     for name, bits in TWINS:
         if bits == 8:
             source = odd_model if name == "odd" else GOLDEN / f"{name}.gguf"
-            quantize(source, root / f"{name}-8", root / f"{name}-4")
+            mixed = root / f"{name}-mixed" if (name, "mixed") in TWINS else None
+            quantize(source, root / f"{name}-8", root / f"{name}-4", mixed, mix=MIX)
         source, packed = root / f"{name}-{bits}", root / f"{name}-{bits}-packed"
         export_compressed_tensors(source, packed)
         found[name, bits] = source, packed
@@ -33,9 +38,21 @@ def tensors_of(directory):
     return {name: view.data for name, view in SafetensorsDirectory.open(directory).tensors.items()}
 
 
-def weights_args(directory):
-    config = json.loads((directory / "config.json").read_text())["quantization_config"]
-    return config["config_groups"]["group_0"]["weights"]
+def group_of(config, module):
+    """The one group of config.json's whose targets have a module, a Linear."""
+    groups = config["config_groups"]
+    (name,) = [
+        name
+        for name, group in groups.items()
+        if any(
+            target == "Linear" or re.match(target.removeprefix("re:"), module) for target in group["targets"]
+        )
+    ]
+    return name, groups[name]["weights"]
+
+
+def quantization_config(directory):
+    return json.loads((directory / "config.json").read_text())["quantization_config"]
 
 
 def values_of_source(directory):
@@ -63,12 +80,17 @@ def unpack(words, shape, bits):
     return codes - (1 << (bits - 1))
 
 
-def unpacked_by_numpy(tensors, args):
+def unpacked_by_numpy(packed):
     """Every weight of an export in float32: our own reading of the layout, none of pyengine's code."""
-    values = {name: as_float(array) for name, array in tensors.items()
-              if name.endswith((".weight", ".A_log", ".dt_bias"))}
+    tensors, config = tensors_of(packed), quantization_config(packed)
+    values = {
+        name: as_float(array)
+        for name, array in tensors.items()
+        if name.endswith((".weight", ".A_log", ".dt_bias"))
+    }
     for name in [name for name in tensors if name.endswith(".weight_packed")]:
         stem = name.removesuffix("_packed")
+        _, args = group_of(config, stem.removesuffix(".weight"))
         codes = unpack(tensors[name], tensors[f"{stem}_shape"], args["num_bits"])
         scales = np.repeat(tensors[f"{stem}_scale"], args["group_size"], axis=1)
         values[stem] = codes.astype(np.float32) * scales
@@ -83,7 +105,7 @@ def as_float(array):
 def test_an_independent_unpacking_gives_the_same_values(exported, twin):
     source, packed = exported[twin]
     want = values_of_source(source)
-    got = unpacked_by_numpy(tensors_of(packed), weights_args(packed))
+    got = unpacked_by_numpy(packed)
     assert set(got) == set(want)
     for name, values in want.items():
         assert np.array_equal(got[name].reshape(values.shape), values), name
@@ -98,16 +120,19 @@ def test_compressed_tensors_own_unpacking_gives_the_same_values(exported, twin):
     from compressed_tensors.quantization import QuantizationConfig
 
     source, packed = exported[twin]
-    said = json.loads((packed / "config.json").read_text())["quantization_config"]
+    said = quantization_config(packed)
     config = QuantizationConfig.model_validate(said)
     compressor = BaseCompressor.get_value_from_registry(config.format)
     tensors, want = tensors_of(packed), values_of_source(source)
     stems = [n.removesuffix("_packed") for n in tensors if n.endswith(".weight_packed")]
     assert stems
     for stem in stems:
-        parts = {f"weight_{part}": torch.from_numpy(tensors[f"{stem}_{part}"].copy())
-                 for part in ("packed", "scale", "shape")}
-        got = compressor.decompress(parts, config.config_groups["group_0"])["weight"]
+        parts = {
+            f"weight_{part}": torch.from_numpy(tensors[f"{stem}_{part}"].copy())
+            for part in ("packed", "scale", "shape")
+        }
+        group, _ = group_of(said, stem.removesuffix(".weight"))
+        got = compressor.decompress(parts, config.config_groups[group])["weight"]
         assert np.array_equal(got.double().numpy(), want[stem]), stem
 
 
@@ -119,7 +144,8 @@ def test_transformers_loads_it_with_the_same_weights(exported, twin):
     pytest.importorskip("compressed_tensors")
     source, packed = exported[twin]
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        packed, dtype=torch.float32, output_loading_info=True)
+        packed, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(info.values()), info
     with torch.no_grad():
         model(input_ids=torch.arange(4)[None])  # unpacks what is not unpacked yet
@@ -140,11 +166,18 @@ def test_transformers_loads_it_with_the_same_weights(exported, twin):
 @pytest.mark.parametrize("twin", TWINS)
 def test_names_dtypes_and_what_config_says(exported, twin):
     _, packed = exported[twin]
-    tensors, (_, bits) = tensors_of(packed), twin
-    args = weights_args(packed)
-    assert args == {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group",
-                    "group_size": 32, "dynamic": False}
+    tensors, (model, bits) = tensors_of(packed), twin
     stem = "model.layers.0.mlp.experts.3.down_proj.weight"
+    _, args = group_of(quantization_config(packed), stem.removesuffix(".weight"))
+    bits = 4 if bits == "mixed" else bits
+    assert args == {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32,
+        "dynamic": False,
+    }
     rows, cols = tensors[f"{stem}_shape"]
     assert tensors[f"{stem}_shape"].dtype == np.int64
     assert tensors[f"{stem}_packed"].shape == (rows, cols * bits // 32)
@@ -153,7 +186,28 @@ def test_names_dtypes_and_what_config_says(exported, twin):
     assert tensors[f"{stem}_scale"].dtype == np.float32
     assert tensors["model.layers.0.mlp.gate.weight"].dtype == np.float32
     config = json.loads((packed / "config.json").read_text())
-    assert config["architectures"] == ["Qwen3_5MoeForCausalLM"] and "auto_map" not in config
+    of_next = model == "next"
+    assert config["architectures"] == ["Qwen3NextForCausalLM" if of_next else "Qwen3_5MoeForCausalLM"]
+    assert "auto_map" not in config
+
+
+@pytest.mark.parametrize("twin", MIXED)
+def test_fused_names_are_targets_or_ignored(exported, twin):
+    """A server that fuses linears looks for the fused name: each has one place, and that of its parts."""
+    _, packed = exported[twin]
+    config, tensors = quantization_config(packed), tensors_of(packed)
+    assert len(config["config_groups"]) == 2
+    ignored = [name.removeprefix("re:") for name in config["ignore"] if name.startswith("re:")]
+    for fused, parts in FUSED.items():
+        stems = [f"model.layers.{layer}.{part}" for layer in range(4) for part in parts]
+        stems = [stem for stem in stems if f"{stem}.weight_packed" in tensors]
+        for stem in stems:
+            layer = stem.split(".")[2]
+            groups = {group_of(config, s)[0] for s in stems if s.split(".")[2] == layer}
+            if len(groups) == 1:
+                assert group_of(config, f"model.layers.{layer}.{fused}")[0] in groups
+    for ends in ("in_proj_a", "in_proj_b", "in_proj_ba", "mlp.gate", "shared_expert_gate"):
+        assert any(re.match(pattern, f"model.layers.0.linear_attn.{ends}") for pattern in ignored)
 
 
 def test_what_travels_and_what_does_not(exported, tmp_path):
@@ -183,7 +237,7 @@ def test_groups_of_128_stay_where_they_divide():
 def test_other_groups_give_the_same_values(tmp_path, group):
     quantize(GOLDEN / "nextn.gguf", tmp_path / "int8", group_size=group)
     export_compressed_tensors(tmp_path / "int8", tmp_path / "packed")
-    got = unpacked_by_numpy(tensors_of(tmp_path / "packed"), weights_args(tmp_path / "packed"))
+    got = unpacked_by_numpy(tmp_path / "packed")
     want = values_of_source(tmp_path / "int8")
     assert set(got) == set(want)
     assert all(np.array_equal(got[name].reshape(want[name].shape), want[name]) for name in want)
@@ -207,7 +261,16 @@ def test_groups_that_the_layout_lacks_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
 
 
-def test_a_source_that_is_not_quantised_is_refused(tmp_path):
+def test_experts_of_several_bits_are_refused(tmp_path):
+    """transformers would read them all by one group: other values, without a word."""
+    quantize(GOLDEN / "nextn.gguf", mixed=tmp_path / "mixed", mix="*.experts.down_proj=int8")
+    message = r"want routed experts of one number of bits.* got INT4 \(.*gate_up_proj_q4\) and INT8 \("
+    with pytest.raises(CheckpointError, match=message):
+        export_compressed_tensors(tmp_path / "mixed", tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
+
+
+def test_a_source_that_is_not_quantized_is_refused(tmp_path):
     with pytest.raises(InputError, match="want a checkpoint that `pyengine quantize` wrote"):
         export_compressed_tensors(GOLDEN / "pattern31.gguf", tmp_path / "packed")
 

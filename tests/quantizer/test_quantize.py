@@ -15,19 +15,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from odd_model import DIMENSIONS
-from rewrite import GOLDEN, rewrite, split_gguf
+from paths import GOLDEN, QUANTIZED
+from rewrite import rewrite, split_gguf
+from widened import widened
 
 import pyengine
-from pyengine import ops, provenance
-from pyengine.checkpoint import Tensor, model_specs, open_checkpoint
+from pyengine.checkpoint import provenance
+from pyengine.checkpoint.families import model_specs
+from pyengine.checkpoint.layout import GROUP, pack_int4, unpack_int4
+from pyengine.checkpoint.open import open_checkpoint
+from pyengine.checkpoint.tensor import Tensor
+from pyengine.checkpoint.writer import shard_names
 from pyengine.cli import main
-from pyengine.codes import GROUP, pack_int4, quantize_groups, to_bfloat16, unpack_int4
+from pyengine.core import ops
+from pyengine.core.matrices import Matrix
+from pyengine.core.threads import Pool, available_isas, select_isa
 from pyengine.errors import CheckpointError, InputError, PyengineError
 from pyengine.files.gguf import GGUF, dequantize
+from pyengine.files.numbers import float32_to_bfloat16
 from pyengine.files.safetensors import SafetensorsWriter
-from pyengine.quantize import Pass, Twin, quantize, shard_names
+from pyengine.quantizer import quantize as quantize_module
+from pyengine.quantizer.quantize import quantize
+from pyengine.quantizer.quantize_pass import QuantizePass
+from pyengine.quantizer.rule import quantize_groups
+from pyengine.quantizer.verify_files import verify_files
 
 PLAIN = GOLDEN / "pattern31.gguf"
+LOCK = json.loads((QUANTIZED / "LOCK.json").read_text())["files"]
+OTHERS = [name for name in LOCK if name not in ("UD", "NVFP4")]
 
 finite = st.floats(-60000, 60000, width=32, allow_subnormal=True)
 groups = arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 300)), elements=finite)
@@ -48,7 +63,7 @@ def test_nothing_clips_and_the_nearest_code_is_taken(x):
     assert np.isfinite(scales).all() and (scales >= 0).all()
     assert (np.abs(x - values) <= step / 2).all()
     for g in range(scales.shape[1]):
-        zero = ~x[:, g * GROUP:(g + 1) * GROUP].any(axis=1)
+        zero = ~x[:, g * GROUP : (g + 1) * GROUP].any(axis=1)
         assert np.array_equal(scales[:, g] == 0, zero)
 
 
@@ -69,8 +84,16 @@ def test_negation_and_idempotence(x):
 
 def test_ties_go_to_even_and_one_ulp_away_to_the_neighbour():
     x = np.zeros((1, 8), np.float32)
-    x[0] = [127, 0.5, 1.5, 2.5, -0.5, -1.5, np.nextafter(np.float32(0.5), np.float32(1)),
-            np.nextafter(np.float32(2.5), np.float32(0))]
+    x[0] = [
+        127,
+        0.5,
+        1.5,
+        2.5,
+        -0.5,
+        -1.5,
+        np.nextafter(np.float32(0.5), np.float32(1)),
+        np.nextafter(np.float32(2.5), np.float32(0)),
+    ]
     codes, scales = quantize_groups(x)
     assert scales[0, 0] == 1
     assert codes[0].tolist() == [127, 0, 2, 2, 0, -2, 1, 2]
@@ -92,12 +115,15 @@ def test_a_scale_beyond_float16_is_an_error():
 @settings(deadline=None, derandomize=True, max_examples=100)
 def test_bfloat16_is_the_nearest(x):
     x = np.clip(x, -3e38, 3e38).astype(np.float32)
-    bits = to_bfloat16(x).astype(np.uint32)
+    bits = float32_to_bfloat16(x).astype(np.uint32)
     value = (bits << 16).view(np.float32).astype(np.float64)
     for other in (bits - 1, bits + 1):
         neighbour = ((other & 0xFFFF) << 16).view(np.float32).astype(np.float64)
-        ok = ~np.isfinite(neighbour) | (np.sign(neighbour) != np.sign(value)) | (
-            np.abs(x - value) <= np.abs(x - neighbour))
+        ok = (
+            ~np.isfinite(neighbour)
+            | (np.sign(neighbour) != np.sign(value))
+            | (np.abs(x - value) <= np.abs(x - neighbour))
+        )
         assert ok.all()
 
 
@@ -125,7 +151,7 @@ def assert_int8_of(source, directory):
             values, _ = dequantized(*quantize_groups(flat))
             assert np.array_equal(y.reshape(flat.shape), values), key
         elif tensor.type == "BF16":
-            assert np.array_equal(y, (to_bfloat16(x).astype(np.uint32) << 16).view(np.float32)), key
+            assert np.array_equal(y, (float32_to_bfloat16(x).astype(np.uint32) << 16).view(np.float32)), key
         else:
             assert tensor.type == "F32" and np.array_equal(y, x), key
 
@@ -136,7 +162,7 @@ def in_type(source, destination, kind):
     for name, tensor in GGUF.open(source).tensors.items():
         if len(tensor.shape) > 1 and "conv1d" not in name:
             x = dequantize(tensor)
-            stored = {"F32": x, "F16": x.astype(np.float16), "BF16": to_bfloat16(x)}[kind]
+            stored = {"F32": x, "F16": x.astype(np.float16), "BF16": float32_to_bfloat16(x)}[kind]
             changed[name] = stored, T[kind]
     return rewrite(source, destination, tensors=changed)
 
@@ -153,6 +179,21 @@ def test_a_gguf_of_floats(tmp_path, odd_model, name, kind):
         quantize(original, tmp_path / "a8", tmp_path / "a4")
         for mine, other in (("int8", "a8"), ("int4", "a4")):
             assert_same_tensors(tmp_path / mine, tmp_path / other)
+
+
+@pytest.mark.parametrize("name", ["UD", "NVFP4", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
+def test_a_gguf_of_blocks(tmp_path, name):
+    """The twins of the same values in F32; provenance says the source's own types."""
+    source = QUANTIZED / f"{name}.gguf"
+    wide = widened(source, tmp_path / "wide.gguf")
+    quantize(source, tmp_path / "int8", tmp_path / "int4")
+    quantize(wide, tmp_path / "w8", tmp_path / "w4")
+    for mine, other in (("int8", "w8"), ("int4", "w4")):
+        assert_same_tensors(tmp_path / mine, tmp_path / other)
+    said = provenance.read(tmp_path / "int4")["source"]["tensor_types"]
+    assert said == LOCK[name]["types"] | {"F32": said["F32"]}
+    assert verify_files(tmp_path / "int8", tmp_path / "int4", source) == []
+    assert verify_files(tmp_path / "int8", source=wide) != []
 
 
 def assert_same_tensors(one, other):
@@ -176,8 +217,11 @@ def test_the_same_bytes_twice_and_what_provenance_says(tmp_path):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
     said = json.loads((tmp_path / "a" / "noesis_provenance.json").read_text())
     source = said["source"]["files"][0]
-    assert source == {"name": PLAIN.name, "size": PLAIN.stat().st_size,
-                      "sha256": hashlib.sha256(PLAIN.read_bytes()).hexdigest()}
+    assert source == {
+        "name": PLAIN.name,
+        "size": PLAIN.stat().st_size,
+        "sha256": hashlib.sha256(PLAIN.read_bytes()).hexdigest(),
+    }
     assert said["seed"] == 1729 and said["group_size"] == 128 and said["bits"] == 8
     tensors = open_checkpoint(tmp_path / "a").file.tensors
     assert set(said["tensors"]) == set(tensors)
@@ -187,8 +231,14 @@ def test_the_same_bytes_twice_and_what_provenance_says(tmp_path):
 
 def test_what_travels_with_the_tensors(tmp_path):
     quantize(PLAIN, tmp_path / "int8")
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                 "chat_template.jinja", "model.safetensors"):
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors",
+    ):
         assert (tmp_path / "int8" / name).exists(), name
 
 
@@ -238,8 +288,19 @@ def spoilt(kind, source, path):
 @pytest.mark.parametrize("model", ["pattern31", "odd"])
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, odd_model, model, kind):
     named = spoilt(kind, odd_model if model == "odd" else PLAIN, tmp_path / "bad.gguf")
-    assert main(["quantize", str(tmp_path / "bad.gguf"), "--int8", str(tmp_path / "int8"), "--int4",
-                 str(tmp_path / "int4")]) == 2
+    assert (
+        main(
+            [
+                "quantize",
+                str(tmp_path / "bad.gguf"),
+                "--int8",
+                str(tmp_path / "int8"),
+                "--int4",
+                str(tmp_path / "int4"),
+            ]
+        )
+        == 2
+    )
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and named in err
     assert [p.name for p in tmp_path.iterdir()] == ["bad.gguf"]
@@ -258,12 +319,11 @@ def tree(directory):
 
 
 @pytest.mark.parametrize("source", [PLAIN, "odd"], ids=["pattern31", "odd"])
-@pytest.mark.parametrize("after", [1, 20, 40, 60])
-def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, odd_model, source,
-                                                        after):
+@pytest.mark.parametrize("after", [1, 40, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 60))])
+def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, odd_model, source, after):
     source, options = odd_model if source == "odd" else source, {"shard_bytes": 40_000, "threads": 1}
     quantize(source, tmp_path / "whole8", tmp_path / "whole4", **options)
-    calls, original = [], Pass._parameter
+    calls, original = [], QuantizePass._write_parameter
 
     def fail(self, wanted):
         calls.append(wanted)
@@ -271,7 +331,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, o
             raise KeyboardInterrupt
         original(self, wanted)
 
-    monkeypatch.setattr(Pass, "_parameter", fail)
+    monkeypatch.setattr(QuantizePass, "_write_parameter", fail)
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "int8", tmp_path / "int4", **options)
     assert not (tmp_path / "int8").exists() and not (tmp_path / "int4").exists()
@@ -287,7 +347,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, o
 def test_a_damaged_file_of_an_interrupted_run_is_written_again(tmp_path, monkeypatch):
     quantize(PLAIN, tmp_path / "whole", shard_bytes=40_000)
     with monkeypatch.context() as patch:
-        patch.setattr(Twin, "complete", _interrupt)
+        patch.setattr(quantize_module, "write_companions", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             quantize(PLAIN, tmp_path / "int8", shard_bytes=40_000)
     damaged = sorted((tmp_path / "int8.partial").glob("model-*"))[2]
@@ -298,7 +358,7 @@ def test_a_damaged_file_of_an_interrupted_run_is_written_again(tmp_path, monkeyp
     assert tree(tmp_path / "int8") == tree(tmp_path / "whole")
 
 
-def _interrupt(*arguments):
+def _interrupt(*arguments, **named):
     raise KeyboardInterrupt
 
 
@@ -319,8 +379,17 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
 
 def test_a_disk_that_the_system_says_is_full(tmp_path, odd_model):
     """For once not pretended: the system lets no file grow beyond a size."""
-    command = [sys.executable, "-m", "pyengine", "quantize", odd_model, "--int8", tmp_path / "int8",
-               "--int4", tmp_path / "int4"]
+    command = [
+        sys.executable,
+        "-m",
+        "pyengine",
+        "quantize",
+        odd_model,
+        "--int8",
+        tmp_path / "int8",
+        "--int4",
+        tmp_path / "int4",
+    ]
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (300_000, 300_000))
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
@@ -335,8 +404,10 @@ def test_a_disk_that_the_system_says_is_full(tmp_path, odd_model):
 
 def test_a_run_that_was_killed_continues(tmp_path, odd_model):
     """SIGKILL, at any moment: nothing of the process's own can tidy up."""
-    code = ("import sys\nfrom pyengine.quantize import quantize\n"
-            "quantize(sys.argv[1], sys.argv[2], shard_bytes=40_000, threads=1)")
+    code = (
+        "import sys\nfrom pyengine.quantizer.quantize import quantize\n"
+        "quantize(sys.argv[1], sys.argv[2], shard_bytes=40_000, threads=1)"
+    )
     command = [sys.executable, "-c", code, odd_model, tmp_path / "int8"]
     process = subprocess.Popen(command, cwd=tmp_path)
     while not list(tmp_path.glob("int8.partial/model-00004*")) and process.poll() is None:
@@ -350,16 +421,19 @@ def test_a_run_that_was_killed_continues(tmp_path, odd_model):
 
 def test_a_quantized_directory_is_no_source(tmp_path):
     quantize(PLAIN, tmp_path / "int8")
-    with pytest.raises(InputError, match="got a checkpoint that is quantised"):
+    with pytest.raises(InputError, match="got a checkpoint that is quantized"):
         quantize(tmp_path / "int8", tmp_path / "again")
 
 
-@pytest.mark.parametrize("options, message", [
-    ({}, "want --int8 DIR, --int4 DIR or both"),
-    ({"int8": "x", "group_size": 33}, "group size: want an even number"),
-    ({"int8": "x", "scale": "best"}, "scale: want absmax or mse, got 'best'"),
-    ({"int8": "x", "int4": "x"}, "want two directories, got one twice"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "want --int8 DIR, --int4 DIR, --mixed DIR or several"),
+        ({"int8": "x", "group_size": 33}, "group size: want an even number"),
+        ({"int8": "x", "scale": "best"}, "scale: want absmax or mse or .*, got 'best'"),
+        ({"int8": "x", "int4": "x"}, "want two directories, got one twice"),
+    ],
+)
 def test_options_are_checked(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
@@ -383,8 +457,7 @@ def test_other_groups_run_in_float64_only(tmp_path, capsys, name, group, bits):
             values = codes * np.repeat(scales.astype(np.float64), group, axis=1)[:, : x.shape[1]]
             assert np.array_equal(tensor.float64().reshape(x.shape), values), key
     ids = [1, 2, 3]
-    got, source = (pyengine.load(p, "float64").forward(ids)
-                   for p in (directory, GOLDEN / f"{name}.gguf"))
+    got, source = (pyengine.load(p, "float64").forward(ids) for p in (directory, GOLDEN / f"{name}.gguf"))
     assert np.corrcoef(got.ravel(), source.ravel())[0, 1] > (0.999 if bits == 8 else 0.8)
     assert main(["logits", "-m", str(directory), "--ids", "1", "-o", str(tmp_path / "x.npy")]) == 2
     error = capsys.readouterr().err
@@ -392,9 +465,15 @@ def test_other_groups_run_in_float64_only(tmp_path, capsys, name, group, bits):
     assert error.count("\n") == 1 and not (tmp_path / "x.npy").exists()
 
 
-@pytest.mark.parametrize("said, message", [
-    (64, r"want \(1, 256\) F16"), (0, "pyengine_group_size: want a positive integer, got 0"),
-    ("128", "want a positive integer, got '128'"), (True, "want a positive integer")])
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        (64, r"want \(1, 256\) F16"),
+        (0, "pyengine_group_size: want a positive integer, got 0"),
+        ("128", "want a positive integer, got '128'"),
+        (True, "want a positive integer"),
+    ],
+)
 def test_a_group_size_that_the_tensors_do_not_have_is_refused(tmp_path, said, message):
     quantize(PLAIN, tmp_path / "out", group_size=32)
     path = tmp_path / "out" / "config.json"
@@ -406,20 +485,20 @@ def test_a_group_size_that_the_tensors_do_not_have_is_refused(tmp_path, said, me
 # ---- the C core against the definition -------------------------------------------------------
 
 
-@given(groups, st.sampled_from([127, 7]), st.sampled_from(["absmax", "mse"]),
-       st.sampled_from([128, 32, 10]))
+@given(groups, st.sampled_from([127, 7]), st.sampled_from(["absmax", "mse"]), st.sampled_from([128, 32, 10]))
 @settings(deadline=None, derandomize=True, max_examples=300)
 def test_the_c_core_gives_the_definitions_bits(x, largest, scale, group):
     expected_codes, expected_scales = quantize_groups(x, largest, group, scale)
-    for isa in ops.available_isas():
-        ops.select_isa(isa)
-        codes, scales = ops.quantize_weights(POOL, ops.Matrix("F32", x.shape[1], x), None, None, 0,
-                                             len(x), largest, group, scale)
+    for isa in available_isas():
+        select_isa(isa)
+        codes, scales = ops.quantize_weights(
+            POOL, Matrix("F32", x.shape[1], x), None, None, 0, len(x), largest, group, scale
+        )
         assert np.array_equal(scales.view(np.uint16), expected_scales.view(np.uint16))
         assert np.array_equal(codes, expected_codes)
 
 
-POOL = ops.Pool(2)
+POOL = Pool(2)
 
 
 @pytest.mark.parametrize("rows, cols", [(1, 2), (15, 30), (3, 99_998)])  # one part, and several
@@ -435,8 +514,7 @@ def test_the_c_core_packs_as_the_definition_does(rows, cols):
 def test_every_float16_scale_comes_out_of_its_own_maximum():
     scales = np.arange(0x0400, 0x7C00, dtype=np.uint16).view(np.float16)
     x = (scales.astype(np.float32) * np.float32(127))[:, None]
-    codes, again = ops.quantize_weights(POOL, ops.Matrix("F32", 1, x), None, None, 0, len(x), 127, 128,
-                                        "absmax")
+    codes, again = ops.quantize_weights(POOL, Matrix("F32", 1, x), None, None, 0, len(x), 127, 128, "absmax")
     assert np.array_equal(again[:, 0], scales) and (codes == 127).all()
 
 
@@ -450,9 +528,10 @@ def test_the_ties_of_every_scale_and_their_neighbours(each_isa):
         x = np.concatenate([scales * np.float32(largest), below, ties, above], axis=1)
         wanted = np.concatenate([[largest], j, j + j % 2, j + 1])
         for sign in (1, -1):
-            matrix = ops.Matrix("F32", x.shape[1], np.float32(sign) * x)
-            codes, got = ops.quantize_weights(POOL, matrix, None, None, 0, len(x), largest, x.shape[1],
-                                              "absmax")
+            matrix = Matrix("F32", x.shape[1], np.float32(sign) * x)
+            codes, got = ops.quantize_weights(
+                POOL, matrix, None, None, 0, len(x), largest, x.shape[1], "absmax"
+            )
             assert np.array_equal(got.astype(np.float32), scales)
             assert (codes == sign * wanted).all()
 
@@ -461,11 +540,10 @@ def test_the_ties_of_every_scale_and_their_neighbours(each_isa):
 def test_every_source_type(kind):
     rng = np.random.default_rng(1729)
     x = rng.normal(size=(20, 300)).astype(np.float32)
-    data = {"F32": x, "F16": x.astype(np.float16), "BF16": to_bfloat16(x)}[kind]
+    data = {"F32": x, "F16": x.astype(np.float16), "BF16": float32_to_bfloat16(x)}[kind]
     exact = Tensor("x", kind, x.shape, data).stored_float32()
     rows, cols = rng.permutation(20), rng.permutation(300)
-    codes, scales = ops.quantize_weights(POOL, ops.Matrix(kind, 300, data), rows, cols, 3, 17, 127, 128,
-                                         "absmax")
+    codes, scales = ops.quantize_weights(POOL, Matrix(kind, 300, data), rows, cols, 3, 17, 127, 128, "absmax")
     expected = quantize_groups(exact[rows][:, cols][3:17])
     assert np.array_equal(codes, expected[0]) and np.array_equal(scales, expected[1])
 
@@ -489,8 +567,9 @@ def test_both_twins_of_one_pass_equal_those_of_two(tmp_path):
     quantize(PLAIN, int4=tmp_path / "b4")
     for bits in "84":
         assert tree(tmp_path / f"a{bits}") == tree(tmp_path / f"b{bits}")
-    ids = [json.loads((tmp_path / d / "noesis_provenance.json").read_text())["twin"]["id"]
-           for d in ("a8", "a4")]
+    ids = [
+        json.loads((tmp_path / d / "noesis_provenance.json").read_text())["twin"]["id"] for d in ("a8", "a4")
+    ]
     assert ids[0] == ids[1]
 
 
@@ -533,17 +612,17 @@ def hf_directory(directory, source, prefix="model.", apart=False, files=1):
                 tensors |= {f"{stem}.{i}.{part}.weight": m for i, m in enumerate(stack)}
             continue
         tensors[name] = values
-    tensors = {n.replace("model.", prefix, 1) if n.startswith("model.") else n: v
-               for n, v in tensors.items()}
+    tensors = {n.replace("model.", prefix, 1) if n.startswith("model.") else n: v for n, v in tensors.items()}
     bfloat16 = {n for n, v in tensors.items() if not (v.view(np.uint32) & 0xFFFF).any()}
     names, weight_map = list(tensors), {}
     for i, file in enumerate(shard_names(files)):
-        part = names[i * len(names) // files:(i + 1) * len(names) // files]
+        part = names[i * len(names) // files : (i + 1) * len(names) // files]
         weight_map |= dict.fromkeys(part, file)
-        with SafetensorsWriter(directory / file, [(n, "BF16" if n in bfloat16 else "F32", tensors[n].shape)
-                                                  for n in part]) as writer:
+        with SafetensorsWriter(
+            directory / file, [(n, "BF16" if n in bfloat16 else "F32", tensors[n].shape) for n in part]
+        ) as writer:
             for name in part:
-                writer.write(name, to_bfloat16(tensors[name]) if name in bfloat16 else tensors[name])
+                writer.write(name, float32_to_bfloat16(tensors[name]) if name in bfloat16 else tensors[name])
     if files > 1:
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (directory / "config.json").write_text(json.dumps(checkpoint.config.to_hf()))
@@ -579,7 +658,7 @@ def test_a_hugging_face_directory_as_it_is_published(tmp_path, odd_model, name):
 def test_a_split_source_gives_the_same_tensors(tmp_path):
     whole, parts = open_checkpoint(PLAIN), tmp_path / "m-00001-of-00002.gguf"
     names = list(whole.file.tensors)
-    split_gguf(PLAIN, tmp_path / "m", [names[: len(names) // 2], names[len(names) // 2:]])
+    split_gguf(PLAIN, tmp_path / "m", [names[: len(names) // 2], names[len(names) // 2 :]])
     quantize(PLAIN, tmp_path / "a")
     quantize(parts, tmp_path / "b")
     assert_same_tensors(tmp_path / "a", tmp_path / "b")

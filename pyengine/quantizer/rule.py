@@ -1,4 +1,4 @@
-"""The symmetric group quantiser's rule, in NumPy: the definition that the C core is held to.
+"""The symmetric group quantizer's rule, in NumPy: the definition that the C core is held to.
 
 For one group x of n <= 128 values along a row, and the largest code M (127, or 7 for INT4):
 
@@ -10,19 +10,17 @@ For one group x of n <= 128 values along a row, and the largest code M (127, or 
 The stored scale divides, nothing clips, and |x - code * s| <= s / 2.  amax / M and x / s are taken in
 float64, where no quotient of a float32 comes so near a tie that it would be rounded onto it.
 
-`scale="mse"` instead takes, of 65 float16 values from that s down to 3/4 of it, the one with the
-least squared error over the group, and clips what then lies beyond M.
+`scale="mse"` instead takes, of 65 float16 values from that s down to 3/4 of it, the value with the
+least squared error over the group; codes beyond M are clipped.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .errors import InputError
+from ..checkpoint.layout import GROUP
+from ..errors import InputError
 
-GROUP = 128
-LARGEST = {8: 127, 4: 7}
-SCALES = ("absmax", "mse")
 MSE_STEPS = 64
 
 _HALF_INFINITY = np.float16(np.inf)
@@ -55,38 +53,21 @@ def mse_scales(x: np.ndarray, largest: int = 127, group: int = GROUP) -> np.ndar
     return best
 
 
+_SCALES = {"absmax": group_scales, "mse": mse_scales}  # by the keys of METHODS
+
+
 def encode(x: np.ndarray, scales: np.ndarray, largest: int = 127, group: int = GROUP) -> np.ndarray:
     """x [rows, cols], scales [rows, n_groups] -> codes int8 [rows, cols]."""
     quotient = x / _per_column(_divisors(scales), x.shape[1], group)
     return np.clip(np.rint(quotient), -largest, largest).astype(np.int8)
 
 
-def quantize_groups(x: np.ndarray, largest: int = 127, group: int = GROUP,
-                    scale: str = "absmax") -> tuple[np.ndarray, np.ndarray]:
+def quantize_groups(
+    x: np.ndarray, largest: int = 127, group: int = GROUP, scale: str = "absmax"
+) -> tuple[np.ndarray, np.ndarray]:
     """x float32 [rows, cols], finite -> codes int8 [rows, cols], scales float16 [rows, n_groups]."""
-    scales = (group_scales if scale == "absmax" else mse_scales)(x, largest, group)
+    scales = _SCALES[scale](x, largest, group)
     return encode(x, scales, largest, group), scales
-
-
-def pack_int4(codes: np.ndarray) -> np.ndarray:
-    """int8 codes [.., cols], cols even -> uint8 [.., cols / 2]: low nibble = even column, nibble =
-    code + 8."""
-    pairs = np.ascontiguousarray(codes).view("<u2")
-    packed = (pairs >> 4) & 0xF0
-    packed |= pairs & 0x0F
-    return packed.astype(np.uint8) ^ np.uint8(0x88)  # c + 8 is c's low nibble with its sign turned over
-
-
-def unpack_int4(packed: np.ndarray) -> np.ndarray:
-    """uint8 [.., cols / 2] -> int8 codes [.., cols]: `pack_int4` backwards."""
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).view(np.int8) - np.int8(8)
-    return codes.reshape(*packed.shape[:-1], -1)
-
-
-def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 -> uint16 bits of the nearest bfloat16, ties to even; x finite."""
-    bits = x.view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
 def _divisors(scales):
