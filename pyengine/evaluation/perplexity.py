@@ -1,12 +1,13 @@
-"""Perplexity, and how far a model is from its base: llama-perplexity's chunks and statistics.
+"""Perplexity, and the distance of a model from its base: llama-perplexity's chunks and statistics.
 
     chunks = as_chunks(ids, n_ctx=512)
     scores = join(evaluate(model, chunks))
     print(perplexity(scores))
 
-The tokens are cut into chunks of n_ctx, what is left over is not used; each chunk starts from an
-empty state.  Scored is the second half of a chunk: position i of n_ctx / 2 to n_ctx - 2 predicts
-token i + 1.  A vocabulary with `add_bos_token` puts its BOS in the place of each chunk's first token.
+The tokens are cut into chunks of n_ctx; the remainder is not used.  Each chunk starts from an empty
+state.  The second half of a chunk is scored: position i of n_ctx / 2 to n_ctx - 2 predicts token i + 1.
+A vocabulary with `add_bos_token` puts its BOS in the place of each chunk's first token.
+
 Source: llama.cpp's tools/perplexity/perplexity.cpp.  Sums are float64 throughout, where llama.cpp
 takes each exp and logarithm in float32.
 """
@@ -19,16 +20,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import InputError
-from .figure import check_plot, new_figure, save_figure
-from .files.gguf import GGUF
-from .files.kld import first_scored, scored_tokens
-from .ids import as_ids
-from .tokenizer import Tokenizer
+from ..errors import InputError
+from ..files.kld import first_scored, scored_tokens
+from ..ids import as_ids
+from ..plots import check_plot, new_figure, save_figure
+from ..probabilities import log_softmax
+from ..text.gguf_vocabulary import GPT2_BOS as GPT2_BOS
+from ..text.tokenizer import Tokenizer, prompt_bos
 
-PIECE = 256  # tokens computed at a time: bounds the logits kept
-BLOCK = 1 << 18  # logits compared at a time: float64 scratch that caches hold
-GPT2_BOS = 11  # llama.cpp's id for a byte-level vocabulary that does not say
+FORWARD_TOKENS = 256  # tokens computed at a time: bounds the logits kept
+COMPARED_LOGITS = 1 << 18  # logits compared at a time: float64 scratch that caches hold
 
 PERCENTILES = (99.9, 99, 95, 90, 75, 50, 25, 10, 5, 1, 0.1)
 
@@ -41,48 +42,42 @@ def read_text(path) -> str:
     try:
         text = Path(path).read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: want UTF-8 text, got byte {error.object[error.start]:#04x} at "
-                         f"{error.start}") from None
+        raise InputError(
+            f"{path}: want UTF-8 text, got byte {error.object[error.start]:#04x} at {error.start}"
+        ) from None
     return text.removesuffix("\n")
 
 
 def text_ids(checkpoint, text: str) -> list[int]:
     """Token ids of a text by the checkpoint's tokenizer, behind its BOS if it asks for one."""
-    bos = bos_id(checkpoint)
-    return ([] if bos is None else [bos]) + Tokenizer.open(checkpoint).encode(text)
+    return Tokenizer.open(checkpoint).encode_prompt(text)
 
 
 def bos_id(checkpoint) -> int | None:
-    """The id that replaces each chunk's first one; None: none does (this family's rule)."""
-    if not isinstance(checkpoint.file, GGUF):
-        return None
-    metadata = checkpoint.file.metadata
-    if not metadata.get("tokenizer.ggml.add_bos_token", False):
-        return None
-    return metadata.get("tokenizer.ggml.bos_token_id", GPT2_BOS)
+    """The id that replaces each chunk's first one (text/tokenizer.py has the rule); None: no id does."""
+    return prompt_bos(checkpoint)
 
 
 def as_chunks(ids, n_ctx: int, n_chunks: int | None = None) -> np.ndarray:
-    """ids [T] -> [n, n_ctx], all there are or the first n_chunks.
+    """ids [T] -> [n, n_ctx], all chunks or the first n_chunks.
 
     InputError: n_ctx below 3, or fewer than 2 n_ctx ids, which llama-perplexity refuses too.
     """
     if n_ctx < 3:
         raise InputError(f"context: want at least 3 tokens, got {n_ctx}")
     if len(ids) < 2 * n_ctx:
-        raise InputError(f"text: want at least {2 * n_ctx} tokens for a context of {n_ctx}, "
-                         f"got {len(ids)}")
+        raise InputError(f"text: want at least {2 * n_ctx} tokens for a context of {n_ctx}, got {len(ids)}")
     count = len(ids) // n_ctx
-    chunks = np.asarray(ids)[:count * n_ctx].reshape(count, n_ctx)
+    chunks = np.asarray(ids)[: count * n_ctx].reshape(count, n_ctx)
     return chunks[:n_chunks]
 
 
-# ---- one value a scored token ----------------------------------------------------------------
+# ---- one value per scored token --------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One value a scored token, [n]; the rest is None without a base model.
+    """One value per scored token, [n]; fields other than nll are None without a base model.
 
     nll        float64: -ln of the probability that the model gave the token that followed
     nll_base   float64: the base model's
@@ -99,13 +94,13 @@ class Scores:
 
 
 def join(scores) -> Scores:
-    """An iterable of at least one, in order, as one."""
+    """Join an iterable of at least one `Scores`, in order."""
     columns = zip(*([getattr(part, field.name) for field in fields(Scores)] for part in scores))
     return Scores(*(None if column[0] is None else np.concatenate(column) for column in columns))
 
 
 def evaluate(model, chunks, bos: int | None = None, base=None, writer=None):
-    """Run the model over chunks [n, n_ctx] -> an iterator of `Scores`, one a chunk.
+    """Run the model over chunks [n, n_ctx] -> an iterator of `Scores`, one per chunk.
 
     bos      see `bos_id`
     base     the base model's log-probabilities of the same chunks: a `files.kld.LogProbs`
@@ -113,7 +108,7 @@ def evaluate(model, chunks, bos: int | None = None, base=None, writer=None):
     Errors: InputError, FileFormatError.
     """
     for index, chunk in enumerate(chunks):
-        following = chunk[first_scored(len(chunk)) + 1:]
+        following = chunk[first_scored(len(chunk)) + 1 :]
         parts, row = [], 0
         for logits in scored_logits(model, chunk, bos):
             rows = slice(row, row + len(logits))
@@ -121,8 +116,7 @@ def evaluate(model, chunks, bos: int | None = None, base=None, writer=None):
             if writer:
                 writer.write(logits)
             if base:
-                parts.append(compare(logits, base.log_probs(index, rows), following[rows],
-                                     base.resolved))
+                parts.append(compare(logits, base.log_probs(index, rows), following[rows], base.resolved))
             else:
                 parts.append(Scores(_nll(log_softmax(logits), following[rows])))
         yield join(parts)
@@ -135,11 +129,11 @@ def scored_logits(model, chunk, bos: int | None = None):
         ids[0] = bos
     state, first = model.new_state(), first_scored(len(chunk))
     model.forward(ids[:first], state, last_only=True)
-    rows = max(1, BLOCK // model.config.vocab_size)
-    for start in range(first, len(ids), PIECE):
-        logits = model.forward(ids[start:start + PIECE], state)
+    rows = max(1, COMPARED_LOGITS // model.config.vocab_size)
+    for start in range(first, len(ids), FORWARD_TOKENS):
+        logits = model.forward(ids[start : start + FORWARD_TOKENS], state)
         for row in range(0, len(logits), rows):
-            yield logits[row:row + rows]
+            yield logits[row : row + rows]
 
 
 def compare(logits, base, following, resolved: float = -np.inf) -> Scores:
@@ -153,14 +147,6 @@ def compare(logits, base, following, resolved: float = -np.inf) -> Scores:
     terms = np.exp(base) * np.subtract(base, log_q, out=log_q)
     kld = np.where(base > resolved, terms, 0).sum(axis=-1)
     return Scores(nll, nll_base, kld, np.exp(-nll) - np.exp(-nll_base), same_top)
-
-
-def log_softmax(logits) -> np.ndarray:
-    """[n, vocab] -> float64 [n, vocab]."""
-    x = logits.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
-    x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
-    return x
 
 
 def _nll(log_probs, following) -> np.ndarray:
@@ -202,7 +188,7 @@ def same_top(scores: Scores) -> Estimate:
 
 
 def rms_delta_p(scores: Scores) -> Estimate:
-    square = mean(scores.delta_p ** 2)
+    square = mean(scores.delta_p**2)
     rms = float(np.sqrt(square.value))
     return Estimate(rms, 0.5 / rms * square.error if rms else 0.0)
 
@@ -241,9 +227,12 @@ def statistics(scores: Scores) -> dict:
 
 
 def _distribution(values) -> dict:
-    return {"mean": mean(values), "maximum": float(values.max()),
-            "percentiles": dict(zip(PERCENTILES, np.percentile(values, PERCENTILES).tolist())),
-            "minimum": float(values.min())}
+    return {
+        "mean": mean(values),
+        "maximum": float(values.max()),
+        "percentiles": dict(zip(PERCENTILES, np.percentile(values, PERCENTILES).tolist())),
+        "minimum": float(values.min()),
+    }
 
 
 # ---- a plot ----------------------------------------------------------------------------------
@@ -256,13 +245,25 @@ def plot(scores: Scores, n_ctx: int, path) -> None:
     positions = np.arange(first_scored(n_ctx), n_ctx - 1)
     figure = new_figure((7, 4))
     axes = figure.subplots()
-    axes.plot(np.tile(positions, len(by_position)), by_position.reshape(-1), ".", markersize=2,
-              alpha=0.4, color="tab:gray", rasterized=True, label="a token")
-    axes.plot(positions, by_position.mean(axis=0), color="tab:blue",
-              label=f"mean of {len(by_position)} chunks")
+    axes.plot(
+        np.tile(positions, len(by_position)),
+        by_position.reshape(-1),
+        ".",
+        markersize=2,
+        alpha=0.4,
+        color="tab:gray",
+        rasterized=True,
+        label="a token",
+    )
+    axes.plot(
+        positions, by_position.mean(axis=0), color="tab:blue", label=f"mean of {len(by_position)} chunks"
+    )
     # Rounded log-probabilities of a base give a divergence that may be a little below 0.
-    axes.set(xlabel="position in the context", ylabel="KL divergence, nats",
-             yscale="log" if scores.kld.min() > 0 else "linear")
+    axes.set(
+        xlabel="position in the context",
+        ylabel="KL divergence, nats",
+        yscale="log" if scores.kld.min() > 0 else "linear",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)

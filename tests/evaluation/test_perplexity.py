@@ -7,23 +7,22 @@ import platform
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import quality_table
 from gguf.constants import GGUFValueType
-from rewrite import GOLDEN, rewrite
+from paths import CONVERTER, GOLDEN
+from rewrite import rewrite, write_q8_0
 
 import pyengine
-import quality_table
-from pyengine import perplexity
 from pyengine.cli import main
 from pyengine.errors import FileFormatError, InputError
+from pyengine.evaluation import perplexity
 from pyengine.files.gguf import GGUF, dequantize
 from pyengine.files.kld import LogProbs, LogProbsWriter, encode
 
 SEED = 1729
-CONVERTER = Path(__file__).parent / "converter"
 MODEL = CONVERTER / "A-Q8_0.gguf"
 LLAMA_CPP = CONVERTER / "llamacpp.kld"
 SMALL = GOLDEN / "bfloat16.gguf"
@@ -64,10 +63,10 @@ def by_definition(ids, n_ctx, bos=None):
     """-ln p of every scored token, one softmax at a time."""
     model, values = Counting(), []
     for start in range(0, len(ids) // n_ctx * n_ctx, n_ctx):
-        chunk = [int(i) for i in ids[start:start + n_ctx]]
+        chunk = [int(i) for i in ids[start : start + n_ctx]]
         seen = list(chunk) if bos is None else [bos, *chunk[1:]]
         for i in range(n_ctx // 2, n_ctx - 1):
-            logits = model.forward(seen[:i + 1], [])[-1].astype(float)
+            logits = model.forward(seen[: i + 1], [])[-1].astype(float)
             values.append(math.log(sum(math.exp(x) for x in logits)) - logits[chunk[i + 1]])
     return values
 
@@ -88,8 +87,8 @@ def test_pieces_and_blocks_change_no_bit(monkeypatch):
     chunks = perplexity.as_chunks(np.random.default_rng(SEED).integers(0, 640, 64), 32)
     model = pyengine.load(MODEL, threads=1)
     whole = perplexity.join(perplexity.evaluate(model, chunks))
-    monkeypatch.setattr(perplexity, "PIECE", 5)
-    monkeypatch.setattr(perplexity, "BLOCK", 640 * 3)
+    monkeypatch.setattr(perplexity, "FORWARD_TOKENS", 5)
+    monkeypatch.setattr(perplexity, "COMPARED_LOGITS", 640 * 3)
     assert np.array_equal(perplexity.join(perplexity.evaluate(model, chunks)).nll, whole.nll)
     logits = np.concatenate([model.forward(chunk)[16:31] for chunk in chunks])
     nll = -perplexity.log_softmax(logits)[np.arange(30), chunks[:, 17:].reshape(-1)]
@@ -204,15 +203,18 @@ def test_written_and_read(tmp_path):
 def test_an_incomplete_file_is_none(tmp_path):
     path = tmp_path / "a.kld"
     tokens, row = np.zeros((1, 8), int), np.zeros((1, 5), np.float32)
-    with pytest.raises(InputError, match="want logits of 2 more tokens"):
-        with LogProbsWriter(path, tokens, 5) as writer:
-            writer.write(row)
-    with pytest.raises(InputError, match="want at most 3 rows of 5 logits, got 4 of 5"):
-        with LogProbsWriter(path, tokens, 5) as writer:
-            writer.write(np.zeros((4, 5), np.float32))
-    with pytest.raises(ZeroDivisionError):
-        with LogProbsWriter(path, tokens, 5):
-            raise ZeroDivisionError
+    with (
+        pytest.raises(InputError, match="want logits of 2 more tokens"),
+        LogProbsWriter(path, tokens, 5) as writer,
+    ):
+        writer.write(row)
+    with (
+        pytest.raises(InputError, match="want at most 3 rows of 5 logits, got 4 of 5"),
+        LogProbsWriter(path, tokens, 5) as writer,
+    ):
+        writer.write(np.zeros((4, 5), np.float32))
+    with pytest.raises(ZeroDivisionError), LogProbsWriter(path, tokens, 5):
+        raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
 
 
@@ -221,31 +223,34 @@ FIRST_RECORD = 20 + 2 * 128 * 4
 
 
 def patched(offset, kind, value):
-    return GOOD[:offset] + struct.pack(kind, value) + GOOD[offset + struct.calcsize(kind):]
+    return GOOD[:offset] + struct.pack(kind, value) + GOOD[offset + struct.calcsize(kind) :]
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "want some bytes"),
-    (GOOD[:7], "header: want 20 bytes, got 7"),
-    (GOOD[:19], "header: want 20 bytes, got 19"),
-    (b"_logitz_" + GOOD[8:], "magic: want b'_logits_'"),
-    (GOOD[:20], "size: want 163332 bytes for 2 chunks of 128 tokens and a vocabulary of 640, got 20"),
-    (GOOD[:-1], "size: want 163332 bytes"),
-    (GOOD + b"\0", "size: want 163332 bytes"),
-    (patched(8, "<I", 0), "n_ctx: want at least 3, got 0"),
-    (patched(8, "<I", 2), "n_ctx: want at least 3, got 2"),
-    (patched(8, "<I", 2**32 - 1), "size: want"),
-    (patched(12, "<i", 0), "n_vocab: want at least 1, got 0"),
-    (patched(12, "<i", -1), "n_vocab: want at least 1, got -1"),
-    (patched(12, "<i", 2**31 - 1), "n_vocab: want at most 268435456"),
-    (patched(12, "<i", 2**28), "size: want"),
-    (patched(12, "<i", 642), "size: want"),
-    (patched(16, "<i", 0), "n_chunk: want at least 1, got 0"),
-    (patched(16, "<i", -(2**31)), "n_chunk: want at least 1, got -2147483648"),
-    (patched(16, "<i", 2**31 - 1), "size: want"),
-    (patched(20, "<i", -1), "token 0 of chunk 0: want 0 to 639, got -1"),
-    (patched(20 + 4 * 130, "<i", 640), "token 2 of chunk 1: want 0 to 639, got 640"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "want some bytes"),
+        (GOOD[:7], "header: want 20 bytes, got 7"),
+        (GOOD[:19], "header: want 20 bytes, got 19"),
+        (b"_logitz_" + GOOD[8:], "magic: want b'_logits_'"),
+        (GOOD[:20], "size: want 163332 bytes for 2 chunks of 128 tokens and a vocabulary of 640, got 20"),
+        (GOOD[:-1], "size: want 163332 bytes"),
+        (GOOD + b"\0", "size: want 163332 bytes"),
+        (patched(8, "<I", 0), "n_ctx: want at least 3, got 0"),
+        (patched(8, "<I", 2), "n_ctx: want at least 3, got 2"),
+        (patched(8, "<I", 2**32 - 1), "size: want"),
+        (patched(12, "<i", 0), "n_vocab: want at least 1, got 0"),
+        (patched(12, "<i", -1), "n_vocab: want at least 1, got -1"),
+        (patched(12, "<i", 2**31 - 1), "n_vocab: want at most 268435456"),
+        (patched(12, "<i", 2**28), "size: want"),
+        (patched(12, "<i", 642), "size: want"),
+        (patched(16, "<i", 0), "n_chunk: want at least 1, got 0"),
+        (patched(16, "<i", -(2**31)), "n_chunk: want at least 1, got -2147483648"),
+        (patched(16, "<i", 2**31 - 1), "size: want"),
+        (patched(20, "<i", -1), "token 0 of chunk 0: want 0 to 639, got -1"),
+        (patched(20 + 4 * 130, "<i", 640), "token 2 of chunk 1: want 0 to 639, got 640"),
+    ],
+)
 def test_a_hostile_header_is_one_line(tmp_path, content, message):
     path = tmp_path / "bad.kld"
     path.write_bytes(content)
@@ -255,10 +260,21 @@ def test_a_hostile_header_is_one_line(tmp_path, content, message):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("offset, value", [
-    (0, math.nan), (0, math.inf), (0, -1e-4), (0, 3e38), (0, 0.01),
-    (4, math.nan), (4, -math.inf), (4, math.inf), (4, 1e30), (4, -1e30),
-])
+@pytest.mark.parametrize(
+    "offset, value",
+    [
+        (0, math.nan),
+        (0, math.inf),
+        (0, -1e-4),
+        (0, 3e38),
+        (0, 0.01),
+        (4, math.nan),
+        (4, -math.inf),
+        (4, math.inf),
+        (4, 1e30),
+        (4, -1e30),
+    ],
+)
 def test_hostile_records_are_one_line(tmp_path, offset, value):
     path = tmp_path / "bad.kld"
     path.write_bytes(patched(FIRST_RECORD + 3 * (8 + 1280) + offset, "<f", value))
@@ -289,8 +305,12 @@ def test_statistics_are_llama_perplexitys():
     (q, q_error), (b, b_error) = mean_and_error(nll), mean_and_error(base)
     covariance = (sum(x * y for x, y in zip(nll, base)) / n - q * b) / (n - 1)
     ratio_error = math.sqrt(q_error**2 + b_error**2 - 2 * covariance)
-    difference = math.exp(q) - math.exp(b), math.sqrt(
-        (math.exp(q) * q_error)**2 + (math.exp(b) * b_error)**2 - 2 * math.exp(q + b) * covariance)
+    difference = (
+        math.exp(q) - math.exp(b),
+        math.sqrt(
+            (math.exp(q) * q_error) ** 2 + (math.exp(b) * b_error) ** 2 - 2 * math.exp(q + b) * covariance
+        ),
+    )
     square, square_error = mean_and_error(delta_p**2)
     top = float(np.mean(scores.same_top))
     for name, want in {
@@ -306,7 +326,8 @@ def test_statistics_are_llama_perplexitys():
     assert got["kld"]["mean"] == pytest.approx(mean_and_error(kld), rel=1e-9)
     assert got["delta_p"]["mean"] == pytest.approx(mean_and_error(delta_p), rel=1e-9)
     assert got["delta_p"]["rms"] == pytest.approx(
-        (math.sqrt(square), 0.5 / math.sqrt(square) * square_error), rel=1e-9)
+        (math.sqrt(square), 0.5 / math.sqrt(square) * square_error), rel=1e-9
+    )
 
     ordered = sorted(kld)
     for percentile, value in got["kld"]["percentiles"].items():
@@ -376,8 +397,23 @@ def test_text_and_arithmetic(capsys, tmp_path):
     text.write_text("In the beginning was the text, and the text was short.\n" * 3)
     values = []
     for arithmetic in "locked", "float64":
-        assert run("perplexity", "-m", MODEL, "-f", text, "-c", 16, "--chunks", -1, "--json",
-                   "--arithmetic", arithmetic) == 0
+        assert (
+            run(
+                "perplexity",
+                "-m",
+                MODEL,
+                "-f",
+                text,
+                "-c",
+                16,
+                "--chunks",
+                -1,
+                "--json",
+                "--arithmetic",
+                arithmetic,
+            )
+            == 0
+        )
         values.append(json.loads(capsys.readouterr().out)["perplexity"]["value"])
     assert values[0] != values[1] and values[0] == pytest.approx(values[1], rel=1e-3)
 
@@ -385,28 +421,50 @@ def test_text_and_arithmetic(capsys, tmp_path):
 def test_plot(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):
-        assert run("perplexity", "-m", MODEL, "--kl-divergence", "--kl-divergence-base", LLAMA_CPP,
-                   "--chunks", 1, "--plot", tmp_path / name) == 0
+        assert (
+            run(
+                "perplexity",
+                "-m",
+                MODEL,
+                "--kl-divergence",
+                "--kl-divergence-base",
+                LLAMA_CPP,
+                "--chunks",
+                1,
+                "--plot",
+                tmp_path / name,
+            )
+            == 0
+        )
         assert (tmp_path / name).read_bytes().startswith(start)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((), "want -f FILE or --ids-file F"),
-    (("-f", "/no/text"), "/no/text: No such file"),
-    (("--ids-file", "/no/ids"), "/no/ids: want token ids"),
-    (("--ids-file", "IDS"), "want at least 1024 tokens for a context of 512, got 100"),
-    (("--ids-file", "IDS", "-c", "2"), "context: want at least 3 tokens"),
-    (("--ids-file", "IDS", "-c", "9", "--chunks", "0"), "argument --chunks"),
-    (("--ids-file", "IDS", "-c", "9", "--kl-divergence-base", "/no/such/dir"), "want a file in a directory"),
-    (("--ids-file", "IDS", "-f", "IDS"), "not allowed with"),
-    (("--kl-divergence",), "want --kl-divergence-base FILE to read"),
-    (("--kl-divergence", "--kl-divergence-base", "/no/base"), "/no/base"),
-    (("--kl-divergence", "--kl-divergence-base", "IDS"), "magic"),
-    (("--kl-divergence", "--kl-divergence-base", LLAMA_CPP), "want the model's vocabulary of 128, got 640"),
-    (("--kl-divergence", "--kl-divergence-base", LLAMA_CPP, "-c", "127"), "want at least the 128 tokens"),
-    (("--plot", "a.png"), "--plot: want --kl-divergence"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "want -f FILE or --ids-file F"),
+        (("-f", "/no/text"), "/no/text: No such file"),
+        (("--ids-file", "/no/ids"), "/no/ids: want token ids"),
+        (("--ids-file", "IDS"), "want at least 1024 tokens for a context of 512, got 100"),
+        (("--ids-file", "IDS", "-c", "2"), "context: want at least 3 tokens"),
+        (("--ids-file", "IDS", "-c", "9", "--chunks", "0"), "argument --chunks"),
+        (
+            ("--ids-file", "IDS", "-c", "9", "--kl-divergence-base", "/no/such/dir"),
+            "want a file in a directory",
+        ),
+        (("--ids-file", "IDS", "-f", "IDS"), "not allowed with"),
+        (("--kl-divergence",), "want --kl-divergence-base FILE to read"),
+        (("--kl-divergence", "--kl-divergence-base", "/no/base"), "/no/base"),
+        (("--kl-divergence", "--kl-divergence-base", "IDS"), "magic"),
+        (
+            ("--kl-divergence", "--kl-divergence-base", LLAMA_CPP),
+            "want the model's vocabulary of 128, got 640",
+        ),
+        (("--kl-divergence", "--kl-divergence-base", LLAMA_CPP, "-c", "127"), "want at least the 128 tokens"),
+        (("--plot", "a.png"), "--plot: want --kl-divergence"),
+    ],
+)
 def test_bad_input_is_one_line(capsys, tmp_path, ids_file, arguments, message):
     arguments = [ids_file if a == "IDS" else a for a in arguments]
     assert run("perplexity", "-m", SMALL, *arguments) == 2
@@ -416,8 +474,19 @@ def test_bad_input_is_one_line(capsys, tmp_path, ids_file, arguments, message):
 
 
 def test_a_base_of_other_tokens(capsys, ids_file):
-    assert run("perplexity", "-m", MODEL, "--kl-divergence", "--kl-divergence-base", LLAMA_CPP,
-               "--ids-file", ids_file) == 2
+    assert (
+        run(
+            "perplexity",
+            "-m",
+            MODEL,
+            "--kl-divergence",
+            "--kl-divergence-base",
+            LLAMA_CPP,
+            "--ids-file",
+            ids_file,
+        )
+        == 2
+    )
     assert f"want the tokens of {ids_file}, got others" in capsys.readouterr().err
 
 
@@ -428,32 +497,38 @@ def test_quality_table(capsys, ids_file):
     assert quality_table.main([str(SMALL), "--ids-file", str(ids_file), "-c", "20", "--json", "-t", "1"]) == 0
     report = json.loads(capsys.readouterr().out)
     rows = {row["weights"]: row for row in report["rows"]}
-    assert list(rows) == ["BF16", "Q8_0", "INT8, absmax", "INT8, mse", "INT4, absmax", "INT4, mse"]
+    kinds = [f"{kind}, {scale}" for kind in ("INT8", "INT4", "mixed") for scale in ("absmax", "mse")]
+    assert list(rows) == ["BF16", "Q8_0", *kinds]
     assert (report["n_chunks"], report["scored_tokens"]) == (5, 45)
     model = pyengine.load(SMALL, threads=1)
-    own = perplexity.perplexity(perplexity.join(
-        perplexity.evaluate(model, perplexity.as_chunks(np.load(ids_file), 20))))
+    own = perplexity.perplexity(
+        perplexity.join(perplexity.evaluate(model, perplexity.as_chunks(np.load(ids_file), 20)))
+    )
     assert rows["BF16"]["perplexity"] == own._asdict()
     assert rows["BF16"]["kld"]["value"] == 0 and rows["BF16"]["same_top"]["value"] == 1
     kld = {name: row["kld"]["value"] for name, row in rows.items()}
     assert 0 < kld["Q8_0"] < kld["INT4, absmax"] / 10 and 0 < kld["INT8, mse"] < kld["INT4, mse"] / 10
-    assert rows["INT4, mse"]["bytes"] < rows["INT8, mse"]["bytes"] < rows["BF16"]["bytes"]
+    assert kld["INT8, mse"] < kld["mixed, mse"] < kld["INT4, mse"]
+    assert [row["routing"] is None for row in rows.values()] == [True] + [False] * 7
+    nbytes = [rows[name]["bytes"] for name in ("INT4, mse", "mixed, mse", "INT8, mse", "BF16")]
+    assert nbytes == sorted(set(nbytes))
 
 
 def test_the_tables_q8_0(tmp_path):
     """Only matrices change; one that is Q8_0 already keeps its bytes."""
     source = GGUF.open(MODEL)
-    same = GGUF.open(quality_table.write_q8_0(MODEL, tmp_path / "a.gguf"))
+    same = GGUF.open(write_q8_0(MODEL, tmp_path / "a.gguf"))
     for name, tensor in source.tensors.items():
         assert np.array_equal(same.tensors[name].data, tensor.data)
 
-    source, made = GGUF.open(SMALL), GGUF.open(quality_table.write_q8_0(SMALL, tmp_path / "b.gguf"))
+    source, made = GGUF.open(SMALL), GGUF.open(write_q8_0(SMALL, tmp_path / "b.gguf"))
     assert made.metadata["general.file_type"] == 7 and list(made.tensors) == list(source.tensors)
     for name, tensor in source.tensors.items():
         fits = tensor.type.name == "BF16" and tensor.shape[-1] % 32 == 0
         assert made.tensors[name].type.name == ("Q8_0" if fits else tensor.type.name)
-        blocks, values = (dequantize(t).reshape(-1, 32 if fits else 1).astype(float)
-                          for t in (made.tensors[name], tensor))
+        blocks, values = (
+            dequantize(t).reshape(-1, 32 if fits else 1).astype(float) for t in (made.tensors[name], tensor)
+        )
         # Half a step, and what rounding the scale to float16 moves 127 of them.
         step = abs(values).max(axis=1, keepdims=True) / 127 * fits
         assert (abs(blocks - values) <= (0.5 + 127 * 2**-11) * step).all()
@@ -469,6 +544,9 @@ def test_the_tables_llama_cpp(tmp_path):
 
 
 def test_quality_table_as_a_command(tmp_path):
-    done = subprocess.run([sys.executable, quality_table.__file__, "/no/such.gguf", "--ids-file", "x"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, quality_table.__file__, "/no/such.gguf", "--ids-file", "x"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "/no/such.gguf" in done.stderr
