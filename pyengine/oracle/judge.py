@@ -1,158 +1,95 @@
-"""A candidate's trace against the reference: what differs, which operation is to blame, and what kind
-of mistake it looks like.
+"""A candidate's trace against the reference: which tensors differ, which operation is to blame, and what
+kind of mistake it looks like.
 
 End to end, a tensor is compared with the reference's.  Then each operation is run again on the
-candidate's own inputs: one that is beyond its budget there is guilty, another that is beyond it end to
-end has inherited the error.  Where the router of the candidate chooses other experts, and the reference
-shows that this was a near-tie, the reference goes on with the candidate's choice.
+candidate's own inputs.  An operation that is beyond its budget there is guilty if all its inputs are in
+the trace.  If some are not, it is a suspect: it or anything before it.  A tensor that is beyond its
+budget only end to end has inherited the error.  Where the candidate's router chooses other experts, and
+the reference shows that this is a near-tie, the reference goes on with the candidate's choice.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..errors import InputError
 from ..reference import ReferenceModel
-from ..trace import Trace
-from ..verify import Comparison, Difference, compare, compare_tensors
-from .budget import Budget, Error, measure
-from .mistakes import Match, diagnose
-from .rerun import is_choice, own_values, usable
+from .bits import Comparison, NotFinite, at_token, compare, compare_tensors, first_index
+from .budget import Budget, Error
+from .dataflow import EMBEDDING, HEAD, covered, is_within, module_inputs, next_to_dump, unknown_before
+from .diagnose import SECONDS, Question, diagnose
+from .flips import following, with_kind
+from .logits import LogitsVerdict, judge_logits
+from .rerun import is_choice, own_values, with_cached_weights
+from .ties import Tries, explaining_choices, hidden_choices
+from .trace import Trace, aligned
+from .verdict import (
+    DIFFERENT,
+    EXACT,
+    GUILTY,
+    INHERITED,
+    NEAR_TIE,
+    OK,
+    SUSPECT,
+    WRONG,
+    Flip,
+    Place,
+    Row,
+    Verdict,
+)
+from .widths import state_inputs
 
-EXACT = "exact"
-OK, GUILTY, INHERITED, DIFFERENT = "ok", "guilty", "inherited", "different"
-NEAR_TIE, FOLLOWS, WRONG = "near-tie", "follows its logits", "wrong"
-
-
-@dataclass(frozen=True)
-class Flip:
-    """A token for which the router of the candidate chose other experts than the reference.
-
-    margin    how far apart the two choices are in the reference's logits: 0 is a tie
-    allowed   the margin that the budget explains
-    kind      "near-tie"; "follows its logits": they are wrong, the choice among them is right; "wrong"
-    """
-
-    name: str
-    token: int
-    reference: list[int]
-    candidate: list[int]
-    margin: float
-    allowed: float
-    kind: str
-
-    def __str__(self):
-        return (f"{self.name} token {self.token}: experts {self.candidate}, want {self.reference}: "
-                f"{self.kind}, margin {self.margin:.2g}, allowed {self.allowed:.2g}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor.  status: ok, guilty, inherited, or different where no operation was run again.
-
-    error, own            from the reference, end to end and of the operation on the candidate's inputs
-    total_share, own_share  of the budget: more than 1 is beyond it; None without a budget
-    scale                 root mean square of the reference's values
-    difference            in bits, where they differ
-    token                 the first that is beyond the budget, or None
-    """
-
-    name: str
-    status: str
-    scale: float
-    error: Error | None
-    own: Error | None
-    total_share: float | None
-    own_share: float | None
-    difference: Difference | None
-    token: int | None
+OTHER_MODEL = 0.75  # of the projections, when the trace is taken for another model's
+# Modules whose output one matrix makes of their input, and the embedding.
+PROJECTIONS = {
+    *("embed_tokens", "lm_head", "gate", "shared_expert_gate"),
+    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba", "out_proj"),
+    *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """ok; rows in the order of execution; flips; names only one side has; what the mistake looks like.
-
-    budget is "exact" or the dtype of the budget; rerun says whether operations were run again.
-    """
-
-    ok: bool
-    budget: str
-    factor: float | None
-    rows: list[Row]
-    flips: list[Flip]
-    missing: list[str]
-    unknown: list[str]
-    rerun: bool
-    mistakes: list[Match] = field(default_factory=list)
-
-    @property
-    def first(self) -> Row | None:
-        """The first tensor that is not ok."""
-        return next((row for row in self.rows if row.status != OK), None)
-
-    @property
-    def guilty(self) -> list[Row]:
-        return [row for row in self.rows if row.status == GUILTY]
-
-    def as_dict(self) -> dict:
-        """For JSON: what is not finite is None."""
-        differences = [row.difference for row in self.rows if row.difference]
-        return _finite({
-            "ok": self.ok, "equal": not differences, "compared": len(self.rows),
-            "budget": self.budget, "factor": self.factor, "rerun": self.rerun,
-            "first": self.first.name if self.first else None,
-            "guilty": [row.name for row in self.guilty],
-            "mistakes": [asdict(match) for match in self.mistakes],
-            "flips": [asdict(flip) for flip in self.flips], "missing": self.missing,
-            "unknown": self.unknown, "differences": [asdict(d) for d in differences],
-            "tensors": [asdict(row) for row in self.rows]})
+# ---- without the model -----------------------------------------------------------------------
 
 
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def judge_bits(reference: Trace, candidate: Trace, model: ReferenceModel | None = None) -> Verdict:
-    """Every bit, after rounding to float32.  With a model, and where they differ, the operations are
-    run again and judged by the float32 budget.  Errors: InputError (verify.compare)."""
+def judge_bits(reference: Trace, candidate: Trace) -> Verdict:
+    """Every bit, after rounding to float32.  Errors: InputError (bits.compare)."""
+    reference, candidate = aligned(reference, candidate)
     comparison = compare(reference, candidate)
-    if comparison.equal or model is None:
-        return Verdict(comparison.equal, EXACT, None, _rows_in_bits(comparison, reference, candidate),
-                       [], comparison.missing, comparison.unknown, False)
-    verdict = judge(model, candidate, measure(model, candidate.ids, "float32", candidate.tensors))
     differences = {d.name: d for d in comparison.differences}
-    status = {row.name: row.status for row in verdict.rows}
-    rows = [Row(**{**vars(row), "difference": differences.get(row.name),
-                   "status": _status_in_bits(row.name, differences, status)}) for row in verdict.rows]
-    return Verdict(False, EXACT, verdict.factor, rows, verdict.flips, comparison.missing,
-                   comparison.unknown, True, verdict.mistakes)
+    rows = [
+        _plain_row(name, reference.tensors[name], candidate.tensors[name], differences.get(name))
+        for name in comparison.compared
+    ]
+    return Verdict(comparison.equal, EXACT, None, rows, [], comparison.missing, comparison.unknown, False)
 
 
-def _status_in_bits(name, differences, status):
-    if name not in differences:
-        return OK
-    return DIFFERENT if status[name] == OK else status[name]
+def first_in_bits(verdict: Verdict, graph) -> tuple[str, list[str]]:
+    """The first tensor that differs though its inputs are equal, as far as both traces have them.
 
-
-def _rows_in_bits(comparison: Comparison, reference, candidate) -> list[Row]:
-    differences = {d.name: d for d in comparison.differences}
-    return [_plain_row(name, reference.tensors[name], candidate.tensors[name], differences.get(name))
-            for name in comparison.compared]
+    -> its name, the tensors between it and the inputs that were compared
+    """
+    differ = {row.name for row in verdict.rows if row.difference}
+    compared = [row.name for row in verdict.rows if row.name in graph]
+    for name in compared:
+        between = unknown_before(name, compared, graph)
+        inputs = {other for one in (name, *between) for other in graph[one]} - set(between)
+        if name in differ and differ.isdisjoint(inputs):
+            return name, [other for other in between if not is_within([other], name)]
+    return verdict.first.name, []
 
 
 def _plain_row(name, truth, value, difference) -> Row:
-    """Without a budget; figures only of what differs, so that equal traces stay cheap."""
+    """Without a budget; figures only of tensors that differ, so that equal traces stay cheap."""
     error, scale = None, 0.0
     if difference and truth.shape == value.shape and not is_choice(name):
         truth = truth.astype(np.float64)
         error, scale = Error.between(value, truth), _rms(truth)
-    return Row(name, DIFFERENT if difference else OK, scale, error, None, None, None, difference,
-               difference.index[0] if difference and difference.index else None)
+    status = DIFFERENT if difference else OK
+    token = difference.index[0] if difference and difference.index else None
+    return Row(name, status, scale, error, None, None, None, difference, token)
 
 
 def _rms(values) -> float:
@@ -161,134 +98,289 @@ def _rms(values) -> float:
 
 def judge_traces(reference: Trace, candidate: Trace, budget: Budget) -> Verdict:
     """Two traces within a budget, without the model: nothing is run again.  Errors: InputError."""
-    comparison = compare(reference, candidate)
     budget.check(candidate)
-    rows = []
-    for name in comparison.compared:
-        truth, value = reference.tensors[name], candidate.tensors[name]
-        difference = compare_tensors(name, truth, value)
-        row = _plain_row(name, truth, value, difference)
-        if difference and row.error and name in budget.total:
-            share = row.error.share_of(budget.total[name])
-            row = Row(**{**vars(row), "total_share": share, "status": DIFFERENT if share > 1 else OK,
-                         "token": _first_token(value, truth, budget.total[name])})
-        rows.append(row)
-    return Verdict(all(row.status == OK for row in rows), budget.dtype, budget.factor, rows, [],
-                   comparison.missing, comparison.unknown, False)
+    reference, candidate = aligned(reference, candidate)
+    comparison = compare(reference, candidate)
+    rows = [
+        row_within(
+            name,
+            reference.tensors[name],
+            candidate.tensors[name],
+            candidate.tokens_of(name),
+            budget.total.get(name),
+        )
+        for name in comparison.compared
+    ]
+    ok = all(row.status == OK for row in rows)
+    return Verdict(
+        ok,
+        budget.dtype,
+        budget.factor,
+        rows,
+        [],
+        comparison.missing,
+        comparison.unknown,
+        False,
+        logits=_logits(reference, candidate, rows, budget),
+    )
 
 
-def _first_token(value, truth, budget: Error) -> int | None:
-    """The first row with a difference beyond the budget, else the first of the largest."""
-    if not len(value):
+def _logits(reference, candidate, rows, budget, model=None) -> LogitsVerdict | None:
+    """What lm_head tells, if it was compared and differs; the model is used where it is beyond its budget."""
+    row = next((row for row in rows if row.name == HEAD), None)
+    if row is None or row.difference is None or row.error is None:
         return None
+    if HEAD in candidate.columns:  # of part of the vocabulary
+        return None
+    truth, value, tokens = reference.tensors[HEAD], candidate.tensors[HEAD], candidate.tokens_of(HEAD)
+    return judge_logits(truth, value, budget.total[HEAD], tokens, None if row.status == OK else model)
+
+
+def row_within(name, truth, value, tokens, budget: Error | None) -> Row:
+    """A tensor within a budget end to end, where nothing is run again; tokens: of each row."""
+    difference = compare_tensors(name, truth, value, tokens)
+    row = _plain_row(name, truth, value, difference)
+    if not difference or not row.error or budget is None:
+        return row
+    share = row.error.share_of(budget)
+    place = _place(value, truth, budget, tokens) if share > 1 else None
+    return replace(
+        row,
+        total_share=share,
+        status=DIFFERENT if share > 1 else OK,
+        token=place and _first_token(place),
+        place=place,
+        by_token=_by_token(value, truth, budget),
+        rows=tuple(tokens.tolist()) if tokens[-1] + 1 != len(tokens) else (),
+    )
+
+
+def _place(value, truth, budget: Error, tokens) -> Place:
+    """Where a tensor is beyond a budget; tokens: of each row."""
     with np.errstate(all="ignore"):
-        worst = np.abs(value.astype(np.float64) - truth).max(axis=-1)
-    beyond = ~(worst <= budget.largest)
-    return int(beyond.argmax()) if beyond.any() else int(worst.argmax())
+        error = np.abs(value.astype(np.float64) - truth)
+    error = np.where(~np.isfinite(value) & ~np.isfinite(truth), 0.0, error)
+    error = np.where(np.isnan(error), np.inf, error)
+    beyond = error > budget.largest
+    worst = first_index(error == error.max())
+    return Place(
+        at_token(first_index(beyond), tokens) if beyond.any() else None,
+        at_token(worst, tokens),
+        float(truth[worst]),
+        float(value[worst]),
+        float(error[worst] / budget.largest) if budget.largest else np.inf,
+        NotFinite.found(truth, value, tokens),
+    )
+
+
+def _first_token(place: Place) -> int:
+    """The first with an element beyond the budget, else that of the worst element."""
+    return (place.first or place.worst)[0]
 
 
 # ---- with the model --------------------------------------------------------------------------
 
 
-def judge(model: ReferenceModel, candidate: Trace, budget: Budget) -> Verdict:
-    """A candidate against the model within a budget.  Errors: InputError."""
+@dataclass
+class _Measured:
+    """The reference's figures for a candidate, with some choices of experts assumed."""
+
+    reference: Trace
+    own: dict[str, np.ndarray]
+    comparison: Comparison
+    flips: list[Flip]
+    rows: list[Row]
+
+
+def judge(
+    model: ReferenceModel, candidate: Trace, budget: Budget, seconds: float = SECONDS, blame: bool = True
+) -> Verdict:
+    """A candidate against the model within a budget.
+
+    seconds: for each of two searches: for choices of experts that the trace does not hold, and, with
+    blame, for the known mistake.
+    Errors: InputError: a budget of another run, nothing in common, a trace of another model.
+    """
     budget.check(candidate, model)
-    reference, flips = _following(model, candidate, budget)
-    comparison = compare(reference, candidate)
+    model = with_cached_weights(model)
+    graph = graph_of(model, candidate)
+    measured, choices = _with_hidden_choices(model, candidate, budget, graph, time.monotonic() + seconds)
+    rows, comparison = measured.rows, measured.comparison
+    _check_model(measured, candidate, graph)
+    verdict = Verdict(
+        all(row.status == OK for row in rows),
+        budget.dtype,
+        budget.factor,
+        rows,
+        measured.flips,
+        comparison.missing,
+        comparison.unknown,
+        True,
+        unchecked=unchecked(comparison.compared, graph),
+        logits=_logits(measured.reference, candidate, rows, budget, model if blame else None),
+    )
+    accused = verdict.accused
+    if accused is None or not blame:
+        return verdict
+    between = unknown_before(accused.name, candidate.known(), graph)
+    own = measured.own
+    right = candidate.part(accused.name, own[accused.name])
+    allowed = _own_budget(accused.name, measured.reference.tensors[accused.name], right, budget)
+    until = time.monotonic() + seconds
+    question = Question(model, candidate, accused.name, accused.token or 0, own, allowed, choices, until)
+    mistakes, search = diagnose(question)
+    return replace(
+        verdict, between=between, next=next_to_dump(accused.name, between), mistakes=mistakes, search=search
+    )
+
+
+def graph_of(model, candidate) -> dict[str, tuple[str, ...]]:
+    """What each tensor is computed from, with the memories that the candidate holds."""
+    states = {name: of for name, of in state_inputs(model.config).items() if name in candidate.tensors}
+    return module_inputs(model.config) | states
+
+
+def unchecked(compared, graph) -> list[str]:
+    """The tensors of a complete trace that no compared one is computed from."""
+    reached = covered([name for name in compared if name in graph], graph)
+    return [name for name in graph if name not in reached]
+
+
+def _with_hidden_choices(model, candidate, budget, graph, deadline):
+    """The rows, once near-ties of routers that the trace does not hold are resolved."""
+    choices, tries, done = {}, Tries(deadline=deadline), set()
+    measured = _measured(model, candidate, budget, graph, choices)
+    while True:
+        waiting = (row for row in measured.rows if row.name not in done and _may_be_a_tie(row))
+        row = next((row for row in waiting if hidden_choices(row.name, candidate, graph)), None)
+        if row is None:
+            return measured, choices
+        own = measured.own
+        right = candidate.part(row.name, own[row.name])
+        allowed = _own_budget(row.name, measured.reference.tensors[row.name], right, budget)
+        found, whole = explaining_choices(
+            model, candidate, row.name, own, allowed, budget, graph, choices, tries
+        )
+        if not whole or found is choices:
+            done.add(row.name)
+        if found is not choices:
+            choices = found
+            measured = _measured(model, candidate, budget, graph, choices)
+
+
+def _may_be_a_tie(row) -> bool:
+    return (
+        row.status in (GUILTY, SUSPECT)
+        and not is_choice(row.name)
+        and row.place is not None
+        and row.place.not_finite is None
+    )
+
+
+def _measured(model, candidate, budget, graph, choices) -> _Measured:
     own: dict[str, np.ndarray] = {}
-    own_values(model, candidate, own.__setitem__)
-    flips = [_with_kind(flip, candidate, own, budget) for flip in flips]
+    own_values(model, candidate, own.__setitem__, choices)
+    reference, flips = following(model, candidate, budget, own, choices)
+    reference, candidate = aligned(reference, candidate)
+    comparison = compare(reference, candidate)
+    flips = [with_kind(flip, candidate, own, budget) for flip in flips]
     wrong = {flip.name: flip.kind for flip in flips if flip.kind != NEAR_TIE}
     wrong |= {flip.name: WRONG for flip in flips if flip.kind == WRONG}
-    rows = [_row(name, reference.tensors[name], candidate.tensors[name], own[name], budget,
-                 wrong.get(name)) for name in comparison.compared]
-    first = next((row for row in rows if row.status == GUILTY), None)
-    mistakes = []
-    if first:
-        allowed = _own_budget(first.name, reference.tensors[first.name], own[first.name], budget)
-        mistakes = diagnose(model, candidate, first.name, first.token or 0, own, allowed)
-    return Verdict(all(row.status == OK for row in rows), budget.dtype, budget.factor, rows, flips,
-                   comparison.missing, comparison.unknown, True, mistakes)
+    rows, known = [], candidate.known()
+    for name in comparison.compared:
+        between = unknown_before(name, known, graph)
+        blame = GUILTY if is_within(between, name) else SUSPECT
+        rows.append(_row(name, reference, candidate, own, budget, wrong.get(name), blame))
+    return _Measured(reference, own, comparison, flips, rows)
 
 
-def _row(name, truth, value, own, budget: Budget, choice) -> Row:
-    difference = compare_tensors(name, truth, value)
+def _row(name, reference, candidate, own, budget: Budget, choice, blame) -> Row:
+    """blame: the status if the operation is beyond its budget on the candidate's own inputs."""
+    truth, value, tokens = reference.tensors[name], candidate.tensors[name], candidate.tokens_of(name)
+    difference = compare_tensors(name, truth, value, tokens)
     if value.shape != truth.shape or (value.dtype.kind == "f") != (truth.dtype.kind == "f"):
         return Row(name, GUILTY, 0.0, None, None, np.inf, np.inf, difference, None)
     if is_choice(name):
-        status = {None: OK, WRONG: GUILTY}.get(choice, INHERITED)
+        status = {None: OK, WRONG: blame}.get(choice, INHERITED)
         return Row(name, status, 0.0, None, None, None, None, difference if choice else None, None)
-    truth, own = truth.astype(np.float64), own.astype(np.float64)
-    error, alone = Error.between(value, truth), Error.between(value, own)
-    allowed = _own_budget(name, truth, own, budget)
+    truth, right = truth.astype(np.float64), candidate.part(name, own[name]).astype(np.float64)
+    error, alone = Error.between(value, truth), Error.between(value, right)
+    allowed = _own_budget(name, truth, right, budget)
     total_share, own_share = error.share_of(budget.total[name]), alone.share_of(allowed)
-    status = GUILTY if own_share > 1 else INHERITED if total_share > 1 else OK
-    token = {GUILTY: lambda: _first_token(value, own, allowed), OK: lambda: None,
-             INHERITED: lambda: _first_token(value, truth, budget.total[name])}[status]()
-    return Row(name, status, _rms(truth), error, alone, total_share, own_share, difference, token)
+    status, place = OK, None
+    if own_share > 1:
+        status, place = blame, _place(value, right, allowed, tokens)
+    elif total_share > 1:
+        status, place = INHERITED, _place(value, truth, budget.total[name], tokens)
+    token = None if place is None else _first_token(place)
+    return Row(
+        name,
+        status,
+        _rms(truth),
+        error,
+        alone,
+        total_share,
+        own_share,
+        difference,
+        token,
+        place,
+        _by_token(value, truth, budget.total[name]),
+        _by_token(value, right, allowed),
+        _rows_of(candidate, name),
+        Error.between(right, truth).share_of(budget.total[name]),
+    )
 
 
-def _own_budget(name, truth, own, budget: Budget) -> Error | None:
+def _by_token(value, truth, budget: Error) -> tuple[float, ...]:
+    """The largest error of each row, as part of the budget's."""
+    with np.errstate(all="ignore"):
+        error = np.abs(value.astype(np.float64) - truth)
+        error = np.where(~np.isfinite(value) & ~np.isfinite(truth), 0.0, error).max(axis=-1)
+        share = np.where(error == 0, 0.0, error / budget.largest)
+    return tuple(np.where(np.isnan(share), np.inf, share).tolist())
+
+
+def _rows_of(candidate, name) -> tuple[int, ...]:
+    tokens = candidate.tokens_of(name)
+    return () if len(tokens) == len(candidate.ids) else tuple(tokens.tolist())
+
+
+def _own_budget(name, truth, right, budget: Budget) -> Error | None:
     """Of an operation alone.  Measured on the reference's values, it grows with the candidate's: an
-    error before may have made them larger, and what rounds them as well."""
-    if name not in budget.own or truth.shape != own.shape:
+    error before may have made them larger, and their rounding errors as well."""
+    if name not in budget.own or truth.shape != right.shape:
         return budget.own.get(name)
     with np.errstate(all="ignore"):
-        growth = _rms(own) / _rms(truth)
+        growth = _rms(right) / _rms(truth)
     return budget.own[name].times(growth if 1 < growth < np.inf else 1)
 
 
-def _following(model, candidate, budget) -> tuple[Trace, list[Flip]]:
-    """The reference's trace, gone on with the candidate's experts where that is a near-tie."""
-    reference, flips = Trace(candidate.ids, arithmetic=model.arithmetic), []
-
-    def record(name, value):
-        reference.tensors[name] = value
-        if not is_choice(name):
-            return None
-        theirs = usable(candidate, name, value, model.config.num_experts)
-        if theirs is None:
-            return None
-        logits = reference.tensors[name.removesuffix(".2")]
-        allowed = 2 * budget.total[name.removesuffix(".2")].largest
-        reference.tensors[name], found = _choice(name, value, theirs, logits, allowed)
-        flips.extend(found)
-        return reference.tensors[name]
-
-    model.forward(candidate.ids, record=record)
-    return reference, flips
-
-
-def _choice(name, ours, theirs, logits, allowed):
-    """-> the experts to go on with [T, top_k], flips.  The order among the chosen has no meaning."""
-    chosen, flips = theirs.copy(), []
-    for token in np.flatnonzero((np.sort(ours) != np.sort(theirs)).any(axis=-1)):
-        margin = margin_of(logits[token], ours[token], theirs[token])
-        if margin > allowed:
-            chosen[token] = ours[token]
-        flips.append(Flip(name, int(token), ours[token].tolist(), theirs[token].tolist(), margin,
-                          allowed, NEAR_TIE if margin <= allowed else WRONG))
-    return chosen, flips
+def _check_model(measured, candidate, graph) -> None:
+    """InputError where nearly no projection has to do with this model's weights."""
+    names = [
+        name
+        for name in measured.comparison.compared
+        if name.rpartition(".")[2] in PROJECTIONS and candidate.known() >= set(graph[name])
+    ]
+    if len(names) < (2 if EMBEDDING in names else 8):
+        return
+    other = [
+        name for name in names if _unlike(candidate.tensors[name], candidate.part(name, measured.own[name]))
+    ]
+    if len(other) > OTHER_MODEL * len(names) and (EMBEDDING in other or EMBEDDING not in names):
+        raise InputError(
+            f"traces: want one of this model, got one of another, or of weights that were read wrongly: "
+            f"{len(other)} of {len(names)} projections, from {other[0]} on, are unlike this model's on the "
+            "same inputs"
+        )
 
 
-def margin_of(logits, ours, theirs) -> float:
-    """How much larger the largest logit that `theirs` leaves out is than the smallest it takes instead;
-    infinite if it names an expert twice."""
-    ours, theirs = set(ours.tolist()), set(theirs.tolist())
-    left_out, taken = ours - theirs, theirs - ours
-    if len(left_out) != len(taken) or not taken:
-        return float("inf")
-    return float(logits[list(left_out)].max() - logits[list(taken)].min())
-
-
-def _with_kind(flip: Flip, candidate, own, budget) -> Flip:
-    """A wrong choice may still be the right one among the candidate's own logits."""
-    logits = candidate.tensors.get(flip.name.removesuffix(".2"))
-    if flip.kind == NEAR_TIE or logits is None:
-        return flip
-    ours, theirs = own[flip.name][flip.token], np.array(flip.candidate)
-    same = set(ours.tolist()) == set(flip.candidate)
-    slack = budget.own[flip.name.removesuffix(".2")].largest
-    if same or margin_of(logits[flip.token].astype(np.float64), ours, theirs) <= slack:
-        return Flip(**{**vars(flip), "kind": FOLLOWS})
-    return flip
+def _unlike(value, own) -> bool:
+    """Whether two tensors have no direction in common."""
+    own = own.astype(np.float64)
+    if value.shape != own.shape or value.dtype.kind != "f":
+        return False
+    with np.errstate(all="ignore"):
+        value = value.astype(np.float64)
+        cosine = np.sum(value * own) / np.sqrt(np.sum(value * value) * np.sum(own * own))
+    return bool(abs(cosine) < 0.5)

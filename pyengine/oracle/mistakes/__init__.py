@@ -1,0 +1,1 @@
+"""Known mistakes of engines for this model family, each a small change of one step of the reference."""

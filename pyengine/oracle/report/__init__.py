@@ -1,0 +1,1 @@
+"""A verdict as text, Markdown, JUnit XML or a picture."""

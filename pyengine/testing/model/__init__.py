@@ -1,0 +1,1 @@
+"""Checks of a model: a pytest fixture and an assertion over traces."""
