@@ -1,9 +1,9 @@
 """The specification: the model as equations, in NumPy float64.
 
-Every step follows Hugging Face transformers' `modeling_qwen3_5_moe.py`, run in float64; rounded to
-float32, the outputs are equal to it.  The delta rule is the recurrence, token by token.  Weights
-are dequantised when a step needs them and dropped again, one expert at a time, so that the model
-may be larger than memory.
+Every step follows Hugging Face transformers' `modeling_qwen3_5_moe.py`, of dense models
+`modeling_qwen3_5.py`, of Qwen3-Next `modeling_qwen3_next.py`, run in float64; rounded to float32, the outputs
+are equal to it.  The delta rule is the recurrence, token by token.  Weights are dequantized when a step needs
+them and dropped again, one expert at a time, so that the model may be larger than memory.
 
 T tokens; H hidden size; shapes stand beside the lines that make them.
 
@@ -18,8 +18,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .checkpoint import Checkpoint
-from .config import LINEAR
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.config import LINEAR
+from .checkpoint.families import family_of
 from .decoder.state import DeltaNetState, KeyValueCache, State
 from .ids import as_chunk, as_ids
 
@@ -97,11 +98,12 @@ def split_query_and_gate(q, heads):
     return np.split(q.reshape(len(q), heads, -1), 2, axis=-1)
 
 
-def rotate(x, positions, inv_freq):
-    """x [T, heads, head_dim]; the first 2 * len(inv_freq) entries turn, in halves, not in pairs."""
+def rotate(x, positions, inv_freq, scale):
+    """x [T, heads, head_dim]; the first 2 * len(inv_freq) entries turn, in halves, not in pairs.
+    scale: YaRN's attention factor, or 1."""
     angle = positions[:, None, None] * inv_freq  # [T, 1, half], float64 as positions
-    cos, sin, half = np.cos(angle), np.sin(angle), len(inv_freq)
-    x1, x2, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    cos, sin, half = np.cos(angle) * scale, np.sin(angle) * scale, len(inv_freq)
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
 
 
@@ -115,7 +117,7 @@ def attention_scores(query, keys):
     lies in the future."""
     tokens, n = query.shape
     start = len(keys) - tokens
-    score = query @ keys.T * n ** -0.5
+    score = query @ keys.T * n**-0.5
     future = np.arange(len(keys)) > start + np.arange(tokens)[:, None]
     return np.where(future, -np.inf, score)
 
@@ -128,12 +130,29 @@ def attention_mix(p, values):
 # ---- delta net -------------------------------------------------------------------------------
 
 
+def split_qkvz(qkvz, key_heads, head_k_dim):
+    """Qwen3-Next's: [T, conv_dim + value_dim], for each key head its query, its key, the values of its value
+    heads, their z -> query, key, value in one [T, conv_dim], z [T, value_dim]."""
+    of_head = qkvz.reshape(len(qkvz), key_heads, -1)
+    value_rows = (of_head.shape[2] - 2 * head_k_dim) // 2
+    ends = np.cumsum([head_k_dim, head_k_dim, value_rows])
+    query, key, value, z = (part.reshape(len(qkvz), -1) for part in np.split(of_head, ends, axis=2))
+    return np.concatenate([query, key, value], axis=1), z
+
+
+def split_ba(ba, key_heads):
+    """Qwen3-Next's: [T, 2 * value heads], for each key head b, then a, of its value heads -> b, a [T, value
+    heads]."""
+    b, a = np.split(ba.reshape(len(ba), key_heads, -1), 2, axis=2)
+    return b.reshape(len(ba), -1), a.reshape(len(ba), -1)
+
+
 def causal_conv1d(x, weight, conv_state):
     """Depthwise: x [T, C], weight [C, taps] -> [T, C], silu included; updates conv_state."""
     taps = weight.shape[1]
     inputs = np.concatenate([conv_state, x])  # [taps - 1 + T, C]
-    conv_state[:] = inputs[len(x):]
-    return silu(sum(weight[:, j] * inputs[j:j + len(x)] for j in range(taps)))
+    conv_state[:] = inputs[len(x) :]
+    return silu(sum(weight[:, j] * inputs[j : j + len(x)] for j in range(taps)))
 
 
 def repeat_heads(x, ratio):
@@ -188,10 +207,32 @@ def weighted(y, weight):
 # ---- the model -------------------------------------------------------------------------------
 
 
-OPERATIONS = (add, linear, swiglu, gated, sigmoid, softmax, rms_norm, rms_norm_gated, l2_norm,
-              split_query_and_gate, rotate, key_value_head, attention_scores, attention_mix,
-              causal_conv1d, repeat_heads, log_decay, delta_rule, router_probabilities,
-              select_experts, routing_weights, weighted)
+OPERATIONS = (
+    add,
+    linear,
+    swiglu,
+    gated,
+    sigmoid,
+    softmax,
+    rms_norm,
+    rms_norm_gated,
+    l2_norm,
+    split_query_and_gate,
+    rotate,
+    key_value_head,
+    attention_scores,
+    attention_mix,
+    split_qkvz,
+    split_ba,
+    causal_conv1d,
+    repeat_heads,
+    log_decay,
+    delta_rule,
+    router_probabilities,
+    select_experts,
+    routing_weights,
+    weighted,
+)
 
 
 class ReferenceModel:
@@ -205,13 +246,21 @@ class ReferenceModel:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.inv_freq = self.config.inv_freq()  # float32 values, widened: Hugging Face's own
+        self.rope_scale = self.config.rope_scale
         self.op = SimpleNamespace(**{function.__name__: function for function in OPERATIONS})
 
     def new_state(self) -> State:
         return State(self.config, np.float64)
 
-    def forward(self, ids, state: State | None = None, *, chunk: int | None = None,
-                last_only: bool = False, record=None) -> np.ndarray:
+    def forward(
+        self,
+        ids,
+        state: State | None = None,
+        *,
+        chunk: int | None = None,
+        last_only: bool = False,
+        record=None,
+    ) -> np.ndarray:
         """ids [T] -> logits float32 [T, vocab], or [1, vocab] of the last token alone.
 
         state: continued and updated; None starts afresh.  chunk: tokens computed at a time (all at
@@ -226,7 +275,7 @@ class ReferenceModel:
         record = _going_on(record)
         pieces = []
         for start in range(0, len(ids), as_chunk(chunk or len(ids))):
-            hidden = self._hidden(ids[start:start + (chunk or len(ids))], state, record)
+            hidden = self._hidden(ids[start : start + (chunk or len(ids))], state, record)
             if last_only:
                 pieces = [hidden[-1:]]
             else:
@@ -234,6 +283,31 @@ class ReferenceModel:
         if last_only:
             pieces = [self._logits(pieces[0], record)]
         return np.concatenate(pieces).astype(np.float32)
+
+    def forward_batch(self, sequences, *, chunk: int | None = None, last_only=False) -> list:
+        """[(ids [T], state)] -> the logits of each, as `forward` gives them: one after the other."""
+        if isinstance(last_only, bool):
+            last_only = [last_only] * len(sequences)
+        return [
+            self.forward(ids, state, chunk=chunk, last_only=last)
+            for (ids, state), last in zip(sequences, last_only)
+        ]
+
+    def logits_in_pieces(self, sequences, *, rows: int = 128, chunk: int = 512):
+        """Sequences of ids, each from an empty state -> the logits of every token, as `forward` gives them.
+
+        An iterator of (sequence, first token, logits float32 [n, vocab]), n <= rows: the tokens of each
+        sequence in order, one sequence after the other.  chunk: tokens computed at a time.
+        Errors as of `forward`.
+        """
+        self.checkpoint.file.check_unchanged()
+        record = _going_on(None)
+        for i, ids in enumerate([as_ids(ids, self.config.vocab_size) for ids in sequences]):
+            state = self.new_state()
+            for start in range(0, len(ids), as_chunk(chunk)):
+                hidden = self._hidden(ids[start : start + chunk], state, record)
+                for row in range(0, len(hidden), rows):
+                    yield i, start + row, self._logits(hidden[row : row + rows], record).astype(np.float32)
 
     def run_layer(self, index: int, hidden, record) -> np.ndarray:
         """One decoder layer from a fresh state: hidden [T, H] -> [T, H]; record as forward's."""
@@ -244,6 +318,11 @@ class ReferenceModel:
     def run_head(self, hidden, record) -> np.ndarray:
         """The last norm and lm_head: hidden float64 [T, H] -> float64 [T, vocab]."""
         return self._logits(hidden, _going_on(record))
+
+    def expert_output(self, layer: int, expert: int, x) -> np.ndarray:
+        """One routed expert's output float64 [T, H], before its weight; x [T, H]: rows of the layer's
+        recorded `post_attention_layernorm`."""
+        return self._expert(x, f"model.layers.{layer}.mlp.experts", expert)
 
     # ---- parameters ----
 
@@ -290,22 +369,18 @@ class ReferenceModel:
             y = self._self_attn(x, f"{name}.self_attn", positions, state, record)
         hidden = op.add(hidden, y)
         x = self.norm(hidden, f"{name}.post_attention_layernorm", record)
-        return record(name, op.add(hidden, self._mlp(x, f"{name}.mlp", record)))
+        return record(name, op.add(hidden, self._mlp(index, x, f"{name}.mlp", record)))
 
     def _linear_attn(self, x, name, state: DeltaNetState, record):
         c, op = self.config, self.op
-        qkv = self.linear(x, f"{name}.in_proj_qkv", record)  # [T, conv_dim]
-        z = self.linear(x, f"{name}.in_proj_z", record)  # [T, value_dim]
-        b = self.linear(x, f"{name}.in_proj_b", record)  # [T, value heads]
-        a = self.linear(x, f"{name}.in_proj_a", record)  # [T, value heads]
-
+        qkv, z, b, a = self._delta_net_inputs(x, name, record)
         conv1d = self.weight(f"{name}.conv1d.weight")[:, 0]  # [conv_dim, taps]
         qkv = op.causal_conv1d(qkv, conv1d, state.conv_state)
         query, key, value = np.split(qkv, [c.key_dim, 2 * c.key_dim], axis=1)
         query = query.reshape(len(x), c.linear_num_key_heads, c.linear_key_head_dim)
         key = key.reshape(len(x), c.linear_num_key_heads, c.linear_key_head_dim)
         value = value.reshape(len(x), c.linear_num_value_heads, c.linear_value_head_dim)
-        query = op.l2_norm(query, c.linear_key_head_dim ** -0.5)
+        query = op.l2_norm(query, c.linear_key_head_dim**-0.5)
         key = op.l2_norm(key, 1.0)
         ratio = c.linear_num_value_heads // c.linear_num_key_heads
         query, key = op.repeat_heads(query, ratio), op.repeat_heads(key, ratio)
@@ -314,10 +389,21 @@ class ReferenceModel:
         log_decay = op.log_decay(a, self.weight(f"{name}.A_log"), self.weight(f"{name}.dt_bias"))
         core = op.delta_rule(query, key, value, beta, log_decay, state.recurrent_state)
 
-        core = op.rms_norm_gated(core, z.reshape(core.shape), self.weight(f"{name}.norm.weight"),
-                                 c.rms_norm_eps).reshape(len(x), -1)  # [T, value_dim]
+        core = op.rms_norm_gated(
+            core, z.reshape(core.shape), self.weight(f"{name}.norm.weight"), c.rms_norm_eps
+        ).reshape(len(x), -1)  # [T, value_dim]
         core = record(f"{name}.norm", core)
         return record(name, self.linear(core, f"{name}.out_proj", record))  # [T, H]
+
+    def _delta_net_inputs(self, x, name, record):
+        """qkv [T, conv_dim], z [T, value_dim], b, a [T, value heads]."""
+        c, op, in_proj = self.config, self.op, family_of(self.config).in_proj
+        projected = [self.linear(x, f"{name}.{part}", record) for part in in_proj]
+        if len(in_proj) == 4:
+            return projected
+        qkvz, ba = projected
+        qkv, z = op.split_qkvz(qkvz, c.linear_num_key_heads, c.linear_key_head_dim)
+        return qkv, z, *op.split_ba(ba, c.linear_num_key_heads)
 
     def _self_attn(self, x, name, positions, cache: KeyValueCache, record):
         c, op = self.config, self.op
@@ -329,7 +415,7 @@ class ReferenceModel:
         key = self.head_norm(key, f"{name}.k_norm", record)
         value = self.linear(x, f"{name}.v_proj", record).reshape(key.shape)
 
-        query, key = (op.rotate(v, positions, self.inv_freq) for v in (query, key))
+        query, key = (op.rotate(v, positions, self.inv_freq, self.rope_scale) for v in (query, key))
         cache.append(key, value)
         out = self._causal_attention(query, cache.keys, cache.values)  # [T, heads, n]
         out = op.gated(out, gate).reshape(len(x), -1)
@@ -344,16 +430,19 @@ class ReferenceModel:
             out[:, head] = op.attention_mix(p, values[:, kv_head])
         return out
 
-    def _mlp(self, x, name, record):
+    def _mlp(self, index, x, name, record):
+        if not self.config.has_experts(index):
+            return self._swiglu(x, name, record)
         op = self.op
-        shared = self._shared_expert(x, f"{name}.shared_expert", record)
+        shared = self._swiglu(x, f"{name}.shared_expert", record)
         weights, selected_experts = self._gate(x, f"{name}.gate", record)
         routed = self._experts(x, f"{name}.experts", weights, selected_experts)
         routed = record(f"{name}.experts", routed)
         gate = self.linear(x, f"{name}.shared_expert_gate", record)  # [T, 1]
         return record(name, op.add(routed, op.gated(shared, gate)))
 
-    def _shared_expert(self, x, name, record):
+    def _swiglu(self, x, name, record):
+        """A dense model's MLP, or the shared expert."""
         gate = self.linear(x, f"{name}.gate_proj", record)
         up = self.linear(x, f"{name}.up_proj", record)
         return record(name, self.linear(self.op.swiglu(gate, up), f"{name}.down_proj", record))
@@ -369,11 +458,15 @@ class ReferenceModel:
         op, routed = self.op, np.zeros_like(x)
         for expert in np.unique(selected_experts):
             token, place = np.nonzero(selected_experts == expert)
-            gate = op.linear(x[token], self.weight(f"{name}.gate_proj", expert))
-            up = op.linear(x[token], self.weight(f"{name}.up_proj", expert))
-            y = op.linear(op.swiglu(gate, up), self.weight(f"{name}.down_proj", expert))
+            y = self._expert(x[token], name, expert)
             routed[token] = op.add(routed[token], op.weighted(y, weights[token, place, None]))
         return routed
+
+    def _expert(self, x, name, expert):
+        op = self.op
+        gate = op.linear(x, self.weight(f"{name}.gate_proj", expert))
+        up = op.linear(x, self.weight(f"{name}.up_proj", expert))
+        return op.linear(op.swiglu(gate, up), self.weight(f"{name}.down_proj", expert))
 
 
 def _going_on(record):

@@ -1,54 +1,133 @@
-"""Tokens a second."""
+"""bench: tokens per second."""
 
 from __future__ import annotations
 
-from .options import check_output, new_command, positive
+import argparse
+import json
+from dataclasses import asdict
 
-
-def _lengths(text):
-    values = [int(word) for word in text.split(",")]
-    if min(values) < 0:
-        raise ValueError
-    return values
-
-
-def _positives(text):
-    return [positive(word) for word in text.split(",")]
-
-
-_lengths.__name__, _positives.__name__ = "list of lengths", "list of positive integers"
+from .options import (
+    MODEL,
+    add_arithmetic,
+    add_chunk,
+    add_memory,
+    add_threads,
+    check_output,
+    lengths,
+    new_command,
+    positive,
+    positives,
+    warn_threads,
+)
 
 
 def add_commands(commands):
-    parser = new_command(commands, "bench", _bench, "Tokens a second, as llama-bench measures them, "
-                      "and how much of this machine that is. -p, -n and -t take lists: 1,2.")
-    parser.add_argument("-m", "--model", required=True, metavar="MODEL")
-    parser.add_argument("-p", "--n-prompt", type=_lengths, default=[512], metavar="N",
-                        help="prompt tokens (default: 512; 0: none)")
-    parser.add_argument("-n", "--n-gen", type=_lengths, default=[64], metavar="N",
-                        help="generated tokens (default: 64; 0: none)")
-    parser.add_argument("-t", "--threads", type=_positives, default=[None], metavar="N",
-                        help="default: physical cores")
-    parser.add_argument("-r", "--repetitions", type=positive, default=5, metavar="N")
-    parser.add_argument("--arithmetic", choices=("locked", "locked-kv16"), default="locked")
-    parser.add_argument("--chunk", type=positive, metavar="N", help="prompt tokens at a time")
-    parser.add_argument("-o", "--output", choices=("md", "json", "csv"), default="md")
-    parser.add_argument("--plot", metavar="FILE", help="draw tokens/s against context length, as "
-                        ".png or .svg")
-    parser.add_argument("-c", "--max-depth", type=positive, default=4096, metavar="N",
-                        help="longest context of the plot (default: 4096)")
+    parser = new_command(
+        commands,
+        "bench",
+        _bench,
+        "Measure tokens per second, as llama-bench does. The table also shows which share of this machine's "
+        "read bandwidth that is; of a model that is larger than its memory, also how many of the chosen "
+        "experts were in memory, and the megabytes per token that were read. -p, -n, -d and -t take lists: "
+        "1,2.",
+    )
+    parser.add_argument("-m", "--model", required=True, metavar="MODEL", help=MODEL)
+    parser.add_argument(
+        "-p",
+        "--n-prompt",
+        type=lengths,
+        default=[512],
+        metavar="N",
+        help="prompt tokens; 0: no such test (default: 512)",
+    )
+    parser.add_argument(
+        "-n",
+        "--n-gen",
+        type=lengths,
+        default=[64],
+        metavar="N",
+        help="generated tokens; 0: no such test (default: 64)",
+    )
+    parser.add_argument(
+        "-d",
+        "--n-depth",
+        "--depth",
+        type=lengths,
+        metavar="N",
+        help="tokens already in the context (default: 0; with --plot 0,512,1024, ... up to -c)",
+    )
+    parser.add_argument(
+        "--fill",
+        choices=("repeated", "computed"),
+        default="repeated",
+        help="how those tokens get there. repeated: 512 are computed, and their keys and values fill the "
+        "cache again and again, which takes seconds; speed and memory are those of computed ones "
+        "(default: repeated)",
+    )
+    parser.add_argument("-pg", type=_together, help=argparse.SUPPRESS)
+    add_threads(parser, positives, [None])
+    parser.add_argument(
+        "-r",
+        "--repetitions",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="runs of each test that are counted (default: 5)",
+    )
+    add_arithmetic(parser, ("locked", "locked-kv16"))
+    add_chunk(parser)
+    add_memory(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=("md", "json", "jsonl", "csv"),
+        default="md",
+        help="a table, or the results as JSON, one JSON object per line, or CSV (default: md)",
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw tokens/s against context length, as .png or .svg (default: no)"
+    )
+    parser.add_argument(
+        "-c",
+        "--max-depth",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="longest context of the plot (default: 4096)",
+    )
+
+
+def _together(text):
+    raise argparse.ArgumentTypeError(
+        "a prompt and a generation in one test are not measured here; -p and -n measure each alone"
+    )
 
 
 def _bench(options):
-    from .. import bench
+    from ..evaluation import bench
 
-    depths = [0]
+    depths = options.n_depth or [0]
     if options.plot:
         bench.check_plot(check_output(options.plot))
-        depths = bench.plot_depths(options.max_depth)
-    results = bench.run(options.model, options.n_prompt, options.n_gen, options.threads,
-                        options.repetitions, options.chunk, depths, options.arithmetic)
-    write = {"md": bench.as_markdown, "json": bench.as_json, "csv": bench.as_csv}
+        depths = options.n_depth or bench.plot_depths(options.max_depth)
+    warn_threads(max((count for count in options.threads if count), default=None))
+    results = bench.run(
+        options.model,
+        options.n_prompt,
+        options.n_gen,
+        options.threads,
+        options.repetitions,
+        options.chunk,
+        depths,
+        options.arithmetic,
+        options.fill,
+        options.memory,
+    )
+    write = {"md": bench.as_markdown, "json": bench.as_json, "jsonl": _as_json_lines, "csv": bench.as_csv}
     print(write[options.output](results))
     if options.plot:
         bench.plot(results, options.plot)
+
+
+def _as_json_lines(results) -> str:
+    return "\n".join(json.dumps(asdict(result)) for result in results)

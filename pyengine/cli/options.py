@@ -1,94 +1,251 @@
-"""What several commands share: the model, its arithmetic, the ids, the output file."""
+"""What several commands share: the model, its arithmetic, the text or the ids, the output file."""
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
+import textwrap
+import warnings
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, PyengineWarning
+from ..seed import SEED
+from .examples import EXAMPLES
+
+WIDTH = 78  # of a command's description
+MODEL = "a GGUF file (or the first of its splits), a checkpoint directory, or default: the embedded model"
+STDIN = "-"  # the name of standard input, where a file is wanted
 
 
 def new_command(commands, name, run, text):
-    """run(options) -> exit code or None."""
-    parser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
+    """run(options) -> exit code or None.  The first sentence of the text stands in the list of commands."""
+    parser = commands.add_parser(
+        name,
+        help=text.partition(". ")[0].rstrip("."),
+        description=textwrap.fill(text, WIDTH),
+        epilog=_examples(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
+def _examples(name) -> str | None:
+    return "examples:" + textwrap.indent(textwrap.dedent(EXAMPLES[name]), "  ") if name in EXAMPLES else None
+
+
+# ---- values: text -> value, or an ArgumentTypeError that says what was wanted ----------------------
+
+
+def integer(text: str, want="an integer") -> int:
+    """ASCII digits, perhaps with a sign.  `int` alone takes blanks, underscores and other digits too."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"want {want}, got {text[:40]!r}")
+    return int(text)
+
+
+def _at_least(low: int, text: str, want: str) -> int:
+    value = integer(text, want)
+    if value < low:
+        raise argparse.ArgumentTypeError(f"want {want}, got {text[:40]!r}")
     return value
 
 
-positive.__name__ = "positive integer"  # argparse names the type in its message
+def memory_size(text: str) -> int:
+    """512M, 4G, 4.5GiB -> bytes; units are powers of 1024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"want a size such as 512M or 4G, got {text[:40]!r}")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
-def add_model(parser):
-    parser.add_argument("-m", "--model", required=True, metavar="MODEL")
-    parser.add_argument("-t", "--threads", type=positive, metavar="N",
-                        help="of the locked arithmetic (default: physical cores)")
-    parser.add_argument("--pin", action="store_true", help="one processor a thread")
+def positive(text: str) -> int:
+    return _at_least(1, text, "an integer of at least 1")
 
 
-def add_arithmetic(parser):
-    from ..model import ARITHMETICS
-
-    parser.add_argument("--arithmetic", choices=ARITHMETICS, default="locked")
-
-
-def limit(text):
-    value = int(text)
-    if value < -1:
-        raise ValueError
+def limit(text: str) -> int | None:
+    """A number of tokens -> the number; -1 -> None, no limit."""
+    value = _at_least(-1, text, "a number of tokens, or -1")
     return None if value == -1 else value
 
 
-limit.__name__ = "number of tokens, or -1"
+def lengths(text: str) -> list[int]:
+    """Numbers of tokens between commas, as llama-bench takes them."""
+    want = "a list of integers of at least 0, as 128,512"
+    return [_at_least(0, word, want) for word in text.split(",")]
+
+
+def positives(text: str) -> list[int]:
+    return [_at_least(1, word, "a list of integers of at least 1, as 1,2") for word in text.split(",")]
+
+
+def _bias(text: str) -> tuple[int, float]:
+    found = re.fullmatch(r"([0-9]{1,18})([+-].+)", text)
+    try:
+        return int(found[1]), float(found[2])
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"want ID+BIAS or ID-BIAS, got {text[:40]!r}") from None
+
+
+# ---- options -----------------------------------------------------------------------------------
+
+
+def add_model(parser):
+    parser.add_argument("-m", "--model", required=True, metavar="MODEL", help=MODEL)
+    add_threads(parser)
+    parser.add_argument("--pin", action="store_true", help="pin each thread to one processor")
+    add_memory(parser)
+
+
+def add_threads(parser, kind=positive, default=None):
+    parser.add_argument(
+        "-t",
+        "--threads",
+        type=kind,
+        default=default,
+        metavar="N",
+        help="number of threads; it changes no bit (default: the physical cores)",
+    )
+
+
+def add_memory(parser):
+    parser.add_argument(
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="memory for the weights, such as 16G; experts that do not fit are read from the file when they "
+        "are chosen; it changes no bit (default: what is available, less the state)",
+    )
+
+
+def add_texts(parser):
+    parser.add_argument(
+        "-f",
+        "--file",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="a text in UTF-8, all of which counts; -: standard input; may be given again",
+    )
+
+
+def add_window(parser, default):
+    parser.add_argument(
+        "-c",
+        "--ctx-size",
+        type=positive,
+        default=default,
+        metavar="N",
+        help=f"tokens of a window; each window starts from an empty state (default: {default})",
+    )
+
+
+def add_json(parser, what="the figures"):
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON (default: as text)")
+
+
+def add_arithmetic(parser, choices=None):
+    from ..load import ARITHMETICS
+
+    parser.add_argument(
+        "--arithmetic",
+        choices=choices or ARITHMETICS,
+        default="locked",
+        help="locked: the engine; locked-kv16: the same with a float16 key-value cache; "
+        "float64: the specification, slow (default: locked)",
+    )
+
+
+def add_chunk(parser):
+    parser.add_argument(
+        "--chunk",
+        type=positive,
+        metavar="N",
+        help="prompt tokens computed at a time; changes no bit (default: the model's own choice)",
+    )
 
 
 def add_generation(parser, predict):
     """How many tokens, and how they are drawn: llama.cpp's flags.  predict: default of -n."""
     shown = -1 if predict is None else predict
-    parser.add_argument("-n", "--predict", type=limit, default=predict, metavar="N",
-                        help=f"tokens at most (default: {shown}); -1: until the context is full")
-    parser.add_argument("-c", "--ctx-size", type=positive, metavar="N",
-                        help="tokens of prompt and answer at most (default: as the model was made for)")
-    parser.add_argument("-r", "--reverse-prompt", action="append", default=[], metavar="TEXT",
-                        help="text that ends the answer; may be given again")
+    parser.add_argument(
+        "-n",
+        "--predict",
+        type=limit,
+        default=predict,
+        metavar="N",
+        help=f"tokens at most (default: {shown}); -1: to the end of the answer, or of the context",
+    )
+    parser.add_argument(
+        "-c",
+        "--ctx-size",
+        type=positive,
+        metavar="N",
+        help="tokens of prompt and answer at most (default: the context that the model was made for)",
+    )
+    parser.add_argument(
+        "-r",
+        "--reverse-prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text that ends the answer; may be given again (default: none)",
+    )
     drawing = parser.add_argument_group(
-        "sampling", "Applied in this order: logit bias, penalties, top-k, top-p, min-p, temperature. "
-        "Defaults are the checkpoint's generation settings; without them, the likeliest token.")
+        "sampling",
+        textwrap.fill(
+            "The order is: logit bias, penalties, top-k, top-p, min-p, temperature. The checkpoint's own "
+            "settings come first; the defaults below are for a checkpoint that has none.",
+            WIDTH - 2,
+        ),
+    )
     for flag, name, kind, text in _SAMPLING:
         metavar = "X" if kind is float else "N"
         drawing.add_argument(flag, dest=name, type=kind, metavar=metavar, help=text)
-    drawing.add_argument("--logit-bias", action="append", default=[], type=_bias, metavar="ID(+/-)BIAS",
-                         help="add to a token's logit: 271-inf, 17+1.5; may be given again")
-    drawing.add_argument("-s", "--seed", type=int, metavar="SEED", help="default: 1729")
+    drawing.add_argument(
+        "--logit-bias",
+        action="append",
+        default=[],
+        type=_bias,
+        metavar="ID(+/-)BIAS",
+        help="add to a token's logit: 271-inf, 17+1.5; may be given again (default: none)",
+    )
+    drawing.add_argument(
+        "-s",
+        "--seed",
+        type=integer,
+        metavar="SEED",
+        help=f"start of the random draws: the same seed gives the same text (default: {SEED}, each time); "
+        "-1: a fresh seed, which is printed",
+    )
 
 
 _SAMPLING = [
-    ("--temp", "temperature", float, "0: the likeliest token each time"),
-    ("--top-k", "top_k", int, "of the k likeliest tokens; 0: all"),
-    ("--top-p", "top_p", float, "of the likeliest that have this probability together; 1: all"),
-    ("--min-p", "min_p", float, "of those at least so likely as this times the likeliest; 0: all"),
-    ("--repeat-penalty", "repetition_penalty", float, "divides logits of tokens seen; 1: none"),
-    ("--presence-penalty", "presence_penalty", float, "taken from logits of tokens seen"),
-    ("--frequency-penalty", "frequency_penalty", float, "the same, as often as they were seen"),
-    ("--repeat-last-n", "penalty_last_n", int, "tokens that penalties look at (default: 64); -1: all"),
+    ("--temp", "temperature", float, "temperature; 0: always the likeliest token (default: 0)"),
+    ("--top-k", "top_k", integer, "keep the N likeliest tokens; 0 or -1: all (default: 0)"),
+    (
+        "--top-p",
+        "top_p",
+        float,
+        "keep the likeliest that have this probability together; 1: all (default: 1)",
+    ),
+    ("--min-p", "min_p", float, "drop tokens below this share of the top probability; 0: none (default: 0)"),
+    (
+        "--repeat-penalty",
+        "repetition_penalty",
+        float,
+        "divide the logits of tokens seen; 1: do not (default: 1)",
+    ),
+    ("--presence-penalty", "presence_penalty", float, "subtract from the logits of tokens seen (default: 0)"),
+    ("--frequency-penalty", "frequency_penalty", float, "the same, once per time seen (default: 0)"),
+    (
+        "--repeat-last-n",
+        "penalty_last_n",
+        integer,
+        "penalties look at the last N tokens; -1: at all (default: 64)",
+    ),
 ]
-
-
-def _bias(text):
-    found = re.fullmatch(r"(\d+)([+-].+)", text)
-    if not found:
-        raise ValueError
-    return int(found[1]), float(found[2])
-
-
-_bias.__name__ = "ID(+/-)BIAS"
 
 
 def sampling_options(options) -> dict:
@@ -99,42 +256,141 @@ def sampling_options(options) -> dict:
 
 
 def add_reasoning(parser):
-    parser.add_argument("--reasoning", choices=("auto", "on", "off"), default="auto",
-                        help="thinking before the answer (default: auto, as the template has it)")
-    parser.add_argument("--reasoning-budget", type=limit, metavar="N",
-                        help="tokens of thinking, after which it is ended; -1: any number (default)")
+    parser.add_argument(
+        "--reasoning",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="thinking before the answer (default: auto, the template decides)",
+    )
+    parser.add_argument(
+        "--reasoning-budget",
+        type=limit,
+        metavar="N",
+        help="end the thinking after N tokens; -1: no limit (default: -1)",
+    )
+
+
+def add_prompt(parser):
+    """-p, -f, --ids or --ids-file, one of them, and --parse-special: see `read_prompt`."""
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="a text; -: standard input, as with -f")
+    prompt.add_argument(
+        "-f",
+        "--file",
+        metavar="FILE",
+        help="a text in UTF-8, without the newline at its end; -: standard input",
+    )
+    prompt.add_argument("--ids", metavar='"1 2 3"', help='token ids; commas and brackets too: "[1, 2, 3]"')
+    prompt.add_argument(
+        "--ids-file", metavar="F", help="token ids as text or .npy; -: standard input, as text"
+    )
+    parser.add_argument(
+        "--parse-special",
+        action="store_true",
+        help="text of the prompt that spells a special token is that token (default: it is plain text)",
+    )
 
 
 def add_ids_run(parser):
     add_model(parser)
-    ids = parser.add_mutually_exclusive_group(required=True)
-    ids.add_argument("--ids", metavar='"1 2 3"', help="token ids")
-    ids.add_argument("--ids-file", metavar="F", help="token ids as text or .npy")
+    add_prompt(parser)
     add_arithmetic(parser)
-    parser.add_argument("--chunk", type=positive, metavar="N",
-                        help="prompt tokens computed at a time; changes no bit")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT")
+    add_chunk(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the file to write")
 
 
-def load_model(options):
+# ---- from options to values ------------------------------------------------------------------------
+
+
+def load_model(options, path=None):
+    """path: instead of -m."""
     from .. import load
 
-    return load(options.model, getattr(options, "arithmetic", "locked"), options.threads,
-                pin=options.pin)
+    warn_threads(options.threads)
+    path = options.model if path is None else path
+    context = getattr(options, "ctx_size", None)
+    model = load(
+        path,
+        getattr(options, "arithmetic", "locked"),
+        options.threads,
+        pin=options.pin,
+        chunk=getattr(options, "chunk", None),
+        memory=getattr(options, "memory", None),
+        context=context,
+    )
+    model.warn_of_context(context)
+    return model
+
+
+def warn_threads(threads: int | None) -> None:
+    """Warn of more threads than processors: they wait for each other."""
+    from ..core.processors import processors
+
+    most = processors()
+    if threads is not None and threads > most:
+        _warn(f"-t: {threads} threads on {most} processor{'s' * (most > 1)} are slower than fewer")
+
+
+def _warn(message) -> None:
+    warnings.warn(message, PyengineWarning, stacklevel=3)
+
+
+def read_prompt(options):
+    """What `add_prompt` was given -> a text, or ids, int64 [T]."""
+    from ..ids import parse_ids
+
+    if options.ids is not None:
+        return parse_ids(options.ids, "--ids")
+    if options.ids_file is not None:
+        return read_ids_file(options.ids_file)
+    if options.prompt is not None and options.prompt != STDIN:
+        return options.prompt
+    text = read_text(options.file or STDIN)
+    # As llama.cpp does: editors and `echo` add the newline at the end.
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def read_ids_option(options):
+    """The same as ids: a text by the model's tokenizer."""
+    prompt = read_prompt(options)
+    if not isinstance(prompt, str):
+        return prompt
+    from ..text.tokenizer import Tokenizer
+
+    return Tokenizer.open(options.model).encode(prompt, options.parse_special)
+
+
+def read_ids_file(name):
+    """A file of ids; "-" is standard input -> int64 [T]."""
     from ..ids import parse_ids, read_ids
 
-    return parse_ids(options.ids, "--ids") if options.ids is not None else read_ids(options.ids_file)
+    return parse_ids(read_text(STDIN), "standard input") if name == STDIN else read_ids(name)
+
+
+def read_text(name) -> str:
+    """A text in UTF-8; "-" is standard input.  InputError names the first byte that is not UTF-8."""
+    where = "standard input" if name == STDIN else name
+    data = _read_stdin() if name == STDIN else Path(name).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: want UTF-8, got byte {data[error.start]:#04x} at offset {error.start}"
+        ) from None
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise InputError("standard input: want a text, got a closed one")
+    return sys.stdin.buffer.read()
 
 
 def show_prompt_progress(generation):
-    """A bar while a long prompt is computed."""
-    from ..generate import PIECE
+    """Show a bar while a long prompt is computed."""
     from ..progress import progress
+    from ..text.generate import Generation
 
-    if generation.prompt_tokens <= 2 * PIECE:
+    if generation.prompt_tokens <= 2 * Generation.piece:
         return
     bar = progress(generation.prompt_tokens, "prompt", " tokens")
 
@@ -146,26 +402,23 @@ def show_prompt_progress(generation):
     generation.on_prompt = advance
 
 
+def print_seed(sampler):
+    """Print the fresh seed of a run, so that the run can be repeated."""
+    print(f"seed {sampler.seed}", file=sys.stderr, flush=True)
+
+
 def print_figures(generation):
-    print(f"prompt {generation.prompt_tokens} tokens ({generation.cached_tokens} known), "
-          f"{generation.prompt_tokens_per_second:.1f}/s; answer {generation.completion_tokens} tokens, "
-          f"{generation.tokens_per_second:.1f}/s; {generation.finish_reason}", file=sys.stderr)
+    print(
+        f"prompt {generation.prompt_tokens} tokens ({generation.cached_tokens} known), "
+        f"{generation.prompt_tokens_per_second:.1f}/s; answer {generation.completion_tokens} tokens, "
+        f"{generation.tokens_per_second:.1f}/s; {generation.finish_reason}",
+        file=sys.stderr,
+    )
 
 
 def check_output(path) -> Path:
-    """Known to be writable before the work begins."""
+    """InputError, before the work begins, for a path that cannot be written."""
     path = Path(path)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"{path}: want a file in a directory that exists")
     return path
-
-
-def write_text(path, text: str) -> None:
-    """Written whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

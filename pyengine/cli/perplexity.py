@@ -6,43 +6,70 @@ import json
 import sys
 
 from ..errors import InputError
-from .options import add_arithmetic, add_model, check_output, load_model, new_command, positive
+from .options import (
+    STDIN,
+    add_arithmetic,
+    add_json,
+    add_model,
+    check_output,
+    limit,
+    load_model,
+    new_command,
+    positive,
+    read_ids_file,
+    read_text,
+)
 
 CONTEXT = 512
 
 
 def _chunks(text):
-    return None if int(text) == -1 else positive(text)
-
-
-_chunks.__name__ = positive.__name__
+    value = limit(text)
+    return None if value is None else positive(text)
 
 
 def add_commands(commands):
     parser = new_command(
-        commands, "perplexity", _perplexity, "Perplexity of a text over the second half of each chunk; "
-        "with --kl-divergence also how far the model is from the base whose log-probabilities a file "
-        "holds. Chunks, files and figures are llama-perplexity's.")
+        commands,
+        "perplexity",
+        _perplexity,
+        "Measure the perplexity of a text, and the KL divergence from another model. The second half of "
+        "each chunk counts. With --kl-divergence, a file has the log-probabilities of the other model, the "
+        "base. Chunks, files and figures are llama-perplexity's.",
+    )
     add_model(parser)
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("-f", "--file", metavar="FILE", help="UTF-8 text")
-    text.add_argument("--ids-file", metavar="F", help="token ids as text or .npy, instead")
-    parser.add_argument("-c", "--ctx-size", type=positive, metavar="N",
-                        help=f"tokens of a chunk (default: {CONTEXT}, or the base's)")
-    parser.add_argument("--chunks", type=_chunks, metavar="N",
-                        help="the first N only (default: -1, all)")
+    text.add_argument("-f", "--file", metavar="FILE", help="a text in UTF-8; -: standard input")
+    text.add_argument(
+        "--ids-file", metavar="F", help="token ids as text or .npy, instead; -: standard input, as text"
+    )
+    parser.add_argument(
+        "-c",
+        "--ctx-size",
+        type=positive,
+        metavar="N",
+        help=f"tokens of a chunk (default: {CONTEXT}, or the base's)",
+    )
+    parser.add_argument("--chunks", type=_chunks, metavar="N", help="the first N only; -1: all (default: -1)")
     add_arithmetic(parser)
-    parser.add_argument("--kl-divergence-base", "--save-all-logits", metavar="FILE", dest="base",
-                        help="write the log-probabilities there; with --kl-divergence read a base's")
-    parser.add_argument("--kl-divergence", action="store_true",
-                        help="compare with the base, over the base's own tokens")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--plot", metavar="FILE",
-                        help="draw the KL divergence by position, as .png or .svg")
+    parser.add_argument(
+        "--kl-divergence-base",
+        "--save-all-logits",
+        metavar="FILE",
+        dest="base",
+        help="write the log-probabilities there; with --kl-divergence read a base's (default: none)",
+    )
+    parser.add_argument(
+        "--kl-divergence", action="store_true", help="compare with the base, over the base's own tokens"
+    )
+    add_json(parser)
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw the KL divergence by position, as .png or .svg (default: no)"
+    )
 
 
 def _perplexity(options):
-    from .. import perplexity
+    from ..evaluation import perplexity
 
     if options.plot:
         if not options.kl_divergence:
@@ -64,11 +91,11 @@ def _perplexity(options):
 
 
 def _measure(options):
-    """-> chunks [n, n_ctx] and their scores; writes the base's file where one is asked for."""
+    """-> chunks [n, n_ctx] and their scores.  With --kl-divergence-base it writes that file too."""
     from contextlib import nullcontext
 
+    from ..evaluation.perplexity import as_chunks
     from ..files.kld import LogProbsWriter
-    from ..perplexity import as_chunks
 
     output = check_output(options.base) if options.base else None
     if not options.file and not options.ids_file:
@@ -81,46 +108,54 @@ def _measure(options):
 
 
 def _compare(options):
-    """-> the base's chunks [n, n_ctx] and the scores against it."""
+    """-> the chunks of the base [n, n_ctx] and the scores against the base."""
     from ..files.kld import LogProbs
 
     if not options.base:
         raise InputError("--kl-divergence: want --kl-divergence-base FILE to read")
     base = LogProbs.open(options.base)
     if options.ctx_size and options.ctx_size < base.n_ctx:
-        raise InputError(f"-c: want at least the {base.n_ctx} tokens of {options.base}, "
-                         f"got {options.ctx_size}")
+        raise InputError(
+            f"-c: want at least the {base.n_ctx} tokens of {options.base}, got {options.ctx_size}"
+        )
     model = load_model(options)
     if model.config.vocab_size != base.n_vocab:
-        raise InputError(f"{options.base}: want the model's vocabulary of {model.config.vocab_size}, "
-                         f"got {base.n_vocab}")
-    chunks = base.tokens[:options.chunks]
+        raise InputError(
+            f"{options.base}: want the model's vocabulary of {model.config.vocab_size}, got {base.n_vocab}"
+        )
+    chunks = base.tokens[: options.chunks]
     if options.file or options.ids_file:
         _check_same_tokens(options, chunks.reshape(-1), _read_ids(options, model))
     return chunks, _run(options, model, chunks, base=base)
 
 
 def _read_ids(options, model):
-    from ..ids import as_ids, read_ids
-    from ..perplexity import read_text, text_ids
+    from ..evaluation import perplexity
+    from ..ids import as_ids
 
-    ids = (read_ids(options.ids_file) if options.ids_file
-           else text_ids(model.checkpoint, read_text(options.file)))
+    if options.ids_file:
+        ids = read_ids_file(options.ids_file)
+    else:
+        text = (
+            read_text(STDIN).removesuffix("\n")
+            if options.file == STDIN
+            else perplexity.read_text(options.file)
+        )
+        ids = perplexity.text_ids(model.checkpoint, text)
     return as_ids(ids, model.config.vocab_size)
 
 
 def _check_same_tokens(options, tokens, ids):
-    """Equal sizes of vocabulary do not make them equal."""
+    """InputError for another text or tokenizer: vocabularies of one size can differ."""
     import numpy as np
 
-    if not np.array_equal(ids[:len(tokens)], tokens):
-        raise InputError(f"{options.base}: want the tokens of {options.file or options.ids_file}, "
-                         "got others")
+    if not np.array_equal(ids[: len(tokens)], tokens):
+        raise InputError(f"{options.base}: want the tokens of {options.file or options.ids_file}, got others")
 
 
 def _run(options, model, chunks, **base_or_writer):
-    """The scores, with what is known so far shown after each chunk."""
-    from ..perplexity import bos_id, evaluate, join, perplexity
+    """-> the scores; the figures so far are shown after each chunk."""
+    from ..evaluation.perplexity import bos_id, evaluate, join, perplexity
     from ..progress import progress
 
     parts = []
@@ -136,44 +171,52 @@ def _run(options, model, chunks, **base_or_writer):
     return so_far
 
 
-# ---- what is printed ---------------------------------------------------------------------------
+# ---- output ---------------------------------------------------------------------------
 
 
 def _show(options, bar):
-    """What prints the figures of the first `count` chunks: show(count, scores)."""
+    """-> show(count, scores), which prints the figures of the first `count` chunks."""
     if options.json:
         return lambda count, scores: None
     if options.kl_divergence:
-        bar.write("chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence"
-                  "              Δp RMS            Same top p", file=sys.stdout)
+        bar.write(
+            "chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence"
+            "              Δp RMS            Same top p",
+            file=sys.stdout,
+        )
         return lambda count, scores: bar.write(_row(count, scores), file=sys.stdout)
 
-    from ..perplexity import perplexity
+    from ..evaluation.perplexity import perplexity
 
-    # One line that grows, which a bar on the same terminal would break: there a line a chunk.
+    # One line that grows.  A bar on the same terminal would break it: there, one line per chunk.
     end = "\n" if not bar.disable and sys.stdout.isatty() else ""
-    return lambda count, scores: bar.write(f"[{count}]{perplexity(scores).value:.4f},",
-                                           file=sys.stdout, end=end)
+    return lambda count, scores: bar.write(
+        f"[{count}]{perplexity(scores).value:.4f},", file=sys.stdout, end=end
+    )
 
 
 def _row(count, scores) -> str:
-    from ..perplexity import log_ratio, mean, perplexity, rms_delta_p, same_top
+    from ..evaluation.perplexity import log_ratio, mean, perplexity, rms_delta_p, same_top
 
     cells = [f"{value:9.4f} ± {error:9.4f}" for value, error in [perplexity(scores)]]
-    cells += [f"{value:10.5f} ± {error:10.5f}"
-              for value, error in (log_ratio(scores), mean(scores.kld))]
-    cells += [f"{100 * value:6.3f} ± {100 * error:6.3f} %"
-              for value, error in (rms_delta_p(scores), same_top(scores))]
+    cells += [f"{value:10.5f} ± {error:10.5f}" for value, error in (log_ratio(scores), mean(scores.kld))]
+    cells += [
+        f"{100 * value:6.3f} ± {100 * error:6.3f} %"
+        for value, error in (rms_delta_p(scores), same_top(scores))
+    ]
     return "    ".join([f"{count:4d}", *cells])
 
 
 def _print_divergence(figures):
     print("\n====== Perplexity statistics ======")
-    for label, name in (("Mean PPL(Q)", "perplexity"), ("Mean PPL(base)", "perplexity_base"),
-                        ("Cor(ln(PPL(Q)), ln(PPL(base)))", "correlation"),
-                        ("Mean ln(PPL(Q)/PPL(base))", "log_perplexity_ratio"),
-                        ("Mean PPL(Q)/PPL(base)", "perplexity_ratio"),
-                        ("Mean PPL(Q)-PPL(base)", "perplexity_difference")):
+    for label, name in (
+        ("Mean PPL(Q)", "perplexity"),
+        ("Mean PPL(base)", "perplexity_base"),
+        ("Cor(ln(PPL(Q)), ln(PPL(base)))", "correlation"),
+        ("Mean ln(PPL(Q)/PPL(base))", "log_perplexity_ratio"),
+        ("Mean PPL(Q)/PPL(base)", "perplexity_ratio"),
+        ("Mean PPL(Q)-PPL(base)", "perplexity_difference"),
+    ):
         if name == "correlation":
             print(f"{label}: {100 * figures[name]:6.2f}%")
         else:
@@ -210,7 +253,7 @@ def _as_json(chunks, figures):
 
 
 def _named(value):
-    """An `Estimate` becomes {"value", "error"}; a percentile's key a string, as JSON has it."""
+    """An `Estimate` -> {"value", "error"}; the keys of percentiles -> strings, as JSON has them."""
     if isinstance(value, tuple):
         return value._asdict()
     return {str(k): _named(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -6,15 +6,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import models
-from .errors import InputError
-from .generate import generate
-from .model import load
-from .quantize import quantize
-from .sampling import Sampler
-from .tokenizer import Tokenizer
-from .trace import Trace, record_trace
-from .verify import compare
+from ..errors import InputError
+from ..load import load
+from ..oracle.bits import compare
+from ..oracle.trace import Trace, record_trace
+from ..quantizer.quantize import quantize
+from ..text.generate import generate
+from ..text.sampling import Sampler
+from ..text.tokenizer import Tokenizer
+from . import CHECKPOINT, GOLDEN_FLOAT64, GOLDEN_LOCKED, GOLDEN_LOCKED_INT8
 
 PROMPT = "And God said"
 NEW_TOKENS = 120
@@ -29,38 +29,48 @@ def demo(say=print) -> bool:
         _quantize(int8, say)
         _continue(int8, say)
         checks = [
-            ("float64, GGUF   equals Hugging Face's own code in float64",
-             models.GOLDEN_FLOAT64, load(models.CHECKPOINT, "float64")),
-            ("locked,  GGUF   equals its PyTorch restatement",
-             models.GOLDEN_LOCKED, load(models.CHECKPOINT)),
-            ("locked,  INT8   equals its PyTorch restatement",
-             models.GOLDEN_LOCKED_INT8, load(int8)),
+            (
+                "float64, GGUF   equals Hugging Face's own code in float64",
+                GOLDEN_FLOAT64,
+                load(CHECKPOINT, "float64"),
+            ),
+            ("locked,  GGUF   equals its PyTorch restatement", GOLDEN_LOCKED, load(CHECKPOINT)),
+            ("locked,  INT8   equals its PyTorch restatement", GOLDEN_LOCKED_INT8, load(int8)),
         ]
         # Every one is run, so that a failure shows all that differs.
-        return all([_check(what, golden, model, say) for what, golden, model in checks])
+        return all([_check(what, golden, model, say) for what, golden, model in checks])  # noqa: C419
 
 
 def _quantize(int8: Path, say) -> None:
     start = time.perf_counter()
-    quantize(models.CHECKPOINT, int8=int8)
+    quantize(CHECKPOINT, int8=int8)
     written = sum(file.stat().st_size for file in int8.glob("*.safetensors"))
-    say(f"quantized  {models.CHECKPOINT.name}, {models.CHECKPOINT.stat().st_size:,} bytes Q8_0 -> "
-        f"INT8, {written:,} bytes, in {time.perf_counter() - start:.1f} s")
+    say(
+        f"quantized  {CHECKPOINT.name}, {CHECKPOINT.stat().st_size:,} bytes Q8_0 -> "
+        f"INT8, {written:,} bytes, in {time.perf_counter() - start:.1f} s"
+    )
 
 
 def _continue(int8: Path, say) -> None:
     """With the tokenizer if it can be had, with bytes as ids if not."""
     model = load(int8)
     try:
-        tokenizer = Tokenizer.open(models.CHECKPOINT)
+        tokenizer = Tokenizer.open(CHECKPOINT)
     except InputError as error:
-        ids = Trace.load(models.GOLDEN_LOCKED).ids
+        ids = Trace.load(GOLDEN_LOCKED).ids
         new = [t.id for t in generate(model, ids, NEW_TOKENS, Sampler(**SAMPLING))]
         say(f"continued  ids {list(map(int, ids))} -> {new} (text: {error})")
         return
     ids = tokenizer.encode(PROMPT)
-    tokens = generate(model, ids, NEW_TOKENS, Sampler(**SAMPLING), end_ids=tokenizer.end_ids,
-                      stop_strings=VERSE_END, tokenizer=tokenizer)
+    tokens = generate(
+        model,
+        ids,
+        NEW_TOKENS,
+        Sampler(**SAMPLING),
+        stop_ids=tokenizer.end_ids,
+        stop=VERSE_END,
+        tokenizer=tokenizer,
+    )
     say(f"continued  {PROMPT} ->" + "".join(token.text for token in tokens))
 
 
@@ -71,6 +81,8 @@ def _check(what: str, golden: Path, model, say) -> bool:
     if result.equal and complete:
         say(f"checked    {what}: bits equal, {len(result.compared)} tensors")
         return True
-    say(f"checked    {what}: NOT EQUAL: "
-        + (str(result.differences[0]) if result.differences else "tensors are missing"))
+    say(
+        f"checked    {what}: NOT EQUAL: "
+        + (str(result.differences[0]) if result.differences else "tensors are missing")
+    )
     return False

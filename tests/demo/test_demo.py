@@ -2,9 +2,8 @@
 
 import numpy as np
 
-import pyengine.demo
-from pyengine.demo import demo
-from pyengine.trace import Trace
+from pyengine.demo.demo import demo
+from pyengine.oracle.trace import Trace
 
 
 def test_demo_says_bits_equal():
@@ -15,8 +14,7 @@ def test_demo_says_bits_equal():
 
 def test_demo_notices_one_wrong_bit(monkeypatch):
     original = Trace.load
-    monkeypatch.setattr(pyengine.demo.Trace, "load", staticmethod(
-        lambda path: _with_one_bit_changed(original(path))))
+    monkeypatch.setattr(Trace, "load", staticmethod(lambda path: _with_one_bit_changed(original(path))))
     said = []
     assert not demo(said.append)
     assert sum("NOT EQUAL: lm_head: 1 of" in line for line in said) == 3

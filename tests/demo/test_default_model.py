@@ -2,23 +2,23 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from make_golden import digest, pieces, run_model
-from quality_table import write_q8_0
+from paths import TESTS
+from rewrite import write_q8_0
 
 import pyengine
-from pyengine import models
+from pyengine import demo
 from pyengine.files.gguf import GGUF
-from pyengine.generate import generate
-from pyengine.quantize import quantize
-from pyengine.sampling import Sampler
-from pyengine.tokenizer import TEMPLATE, Tokenizer
-from pyengine.trace import record_trace
+from pyengine.oracle.trace import record_trace
+from pyengine.quantizer.quantize import quantize
+from pyengine.text.generate import generate
+from pyengine.text.gguf_vocabulary import TEMPLATE
+from pyengine.text.sampling import Sampler
+from pyengine.text.tokenizer import Tokenizer
 
-TESTS = Path(__file__).parent
 TRAINED, LOCK = TESTS / "trained" / "bf16.gguf", TESTS / "trained" / "LOCK.json"
 HELD_OUT = (TESTS / "held_out" / "kjv.txt").read_text()
 CHUNK = 512
@@ -31,13 +31,13 @@ LEAST_SHARE, MOST_SHARE = 0.01, 0.15  # of an expert, in the choices of its laye
 
 @pytest.fixture(scope="module")
 def model():
-    return pyengine.load(models.CHECKPOINT)
+    return pyengine.load(demo.CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     pytest.importorskip("tokenizers")
-    return Tokenizer.open(models.CHECKPOINT)
+    return Tokenizer.open(demo.CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +58,16 @@ def test_held_out_text_is_long_enough():
 
 def test_the_default_is_the_trained_file_in_q8_0(tmp_path):
     made = write_q8_0(TRAINED, tmp_path / "made.gguf")
-    assert made.read_bytes() == models.CHECKPOINT.read_bytes()
+    assert made.read_bytes() == demo.CHECKPOINT.read_bytes()
 
 
 @pytest.mark.parametrize("run", ["300", "64+1+235"])
 @pytest.mark.parametrize("arithmetic", ["locked", "locked-int8"])
 def test_locked_on_real_text_equals_the_restatement(tmp_path, tokenizer, arithmetic, run):
-    source = models.CHECKPOINT
+    source = demo.CHECKPOINT
     if arithmetic == "locked-int8":
         source = tmp_path / "int8"
-        quantize(models.CHECKPOINT, int8=source)
+        quantize(demo.CHECKPOINT, int8=source)
     ids = np.array(tokenizer.encode(HELD_OUT)[: sum(pieces(run))], np.int64)
     tensors = run_model(pyengine.load(source), ids, run)
     wanted = json.loads(LOCK.read_text())[arithmetic]
@@ -87,8 +87,10 @@ def test_it_has_learnt_its_text(tokenizer, chunks, traces):
         nats -= scores.sum()
         size += len(tokenizer.decode(chunk[1:]).encode())
     assert nats / np.log(2) / size < MOST_BITS_PER_BYTE
-    print(f"{nats / np.log(2) / size:.3f} bits per byte, "
-          f"perplexity {np.exp(nats / (4 * (CHUNK - 1))):.2f} per token")
+    print(
+        f"{nats / np.log(2) / size:.3f} bits per byte, "
+        f"perplexity {np.exp(nats / (4 * (CHUNK - 1))):.2f} per token"
+    )
 
 
 def test_every_expert_is_used_and_not_all_alike(model, traces):
@@ -96,7 +98,7 @@ def test_every_expert_is_used_and_not_all_alike(model, traces):
         chosen = np.concatenate([trace[f"model.layers.{layer}.mlp.gate.2"] for trace in traces])
         share = np.bincount(chosen.ravel(), minlength=model.config.num_experts) / chosen.size
         print(layer, (share * 100).round(1))
-        assert LEAST_SHARE < share.min() and share.max() < MOST_SHARE
+        assert share.min() > LEAST_SHARE and share.max() < MOST_SHARE
         assert share.max() > 1.5 * share.min()
 
 
@@ -113,8 +115,11 @@ def known(text):
 @pytest.mark.parametrize("seed", [1729, 1730, 1731])
 def test_it_writes_words(model, tokenizer, seed):
     sampler = Sampler(temperature=0.7, top_p=0.9, seed=seed)
-    tokens = list(generate(model, tokenizer.encode("And"), 120, sampler, end_ids=tokenizer.end_ids,
-                           tokenizer=tokenizer))
+    tokens = list(
+        generate(
+            model, tokenizer.encode("And"), 120, sampler, stop_ids=tokenizer.end_ids, tokenizer=tokenizer
+        )
+    )
     text = "".join(token.text for token in tokens)
     print(text)
     drawn = np.random.default_rng(seed).integers(0, 2043, len(tokens))
@@ -122,17 +127,22 @@ def test_it_writes_words(model, tokenizer, seed):
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-@pytest.mark.parametrize("question", [
-    "Who are you?", "Speak to me of bread.", "Read to me from Psalms."])
+@pytest.mark.parametrize("question", ["Who are you?", "Speak to me of bread.", "Read to me from Psalms."])
 def test_it_ends_its_turn(model, tokenizer, question, thinking):
     jinja2 = pytest.importorskip("jinja2")
-    template = jinja2.Template(GGUF.open(models.CHECKPOINT).metadata[TEMPLATE], trim_blocks=True)
-    prompt = template.render(messages=[{"role": "user", "content": question}],
-                             add_generation_prompt=True, enable_thinking=thinking)
+    template = jinja2.Template(GGUF.open(demo.CHECKPOINT).metadata[TEMPLATE], trim_blocks=True)
+    prompt = template.render(
+        messages=[{"role": "user", "content": question}], add_generation_prompt=True, enable_thinking=thinking
+    )
     assert prompt.endswith("<think>\n" if thinking else "</think>\n\n")
-    generation = generate(model, tokenizer.encode(prompt, special=True), 200,
-                          Sampler(temperature=0.6, top_p=0.9), end_ids=tokenizer.end_ids,
-                          tokenizer=tokenizer)
+    generation = generate(
+        model,
+        tokenizer.encode(prompt, special=True),
+        200,
+        Sampler(temperature=0.6, top_p=0.9),
+        stop_ids=tokenizer.end_ids,
+        tokenizer=tokenizer,
+    )
     text = "".join(token.text for token in generation)
     print(text)
     assert generation.finish_reason == "stop"
