@@ -1,26 +1,37 @@
+import gc
 import json
-import sys
-from pathlib import Path
+import os
 
 import pytest
+from paths import GOLDEN
 
-collect_ignore = ["example_project"]  # a project of its own: test_plugin.py runs it
+from pyengine.core.threads import active_isa, available_isas, select_isa
 
-GOLDEN = Path(__file__).parent / "golden"
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(1, str(Path(__file__).parents[1] / "tools"))
-
-from pyengine import ops  # noqa: E402
+collect_ignore = ["testing/example_project"]  # a project of its own: test_plugin.py runs it
 
 
-@pytest.fixture(params=ops.available_isas())
+def pytest_collection_finish():
+    """The garbage collector need not walk through thousands of tests each time that a test calls it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def away_from_the_checkout(tmp_path_factory):
+    """Child processes would find the checkout's sources, without a C core, before the installed package."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("away"))
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(params=available_isas())
 def each_isa(request):
     """The name of every instruction set this machine has; the highest is in use again afterwards."""
-    ops.select_isa(request.param)
-    assert ops.active_isa() == request.param
+    select_isa(request.param)
+    assert active_isa() == request.param
     yield request.param
-    ops.select_isa(ops.available_isas()[-1])
+    select_isa(available_isas()[-1])
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +44,7 @@ def odd_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def golden():
-    """tests/golden/LOCK.json, parsed; tools/make_golden.py says what it holds."""
+    """tests/golden/LOCK.json, parsed; tools/golden/make_golden.py says what it holds."""
     return json.loads((GOLDEN / "LOCK.json").read_text())
 
 

@@ -6,6 +6,8 @@ import struct
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyengine.errors import InputError
 from pyengine.ids import as_ids, parse_ids, read_ids
@@ -30,6 +32,25 @@ def test_text_and_npy(tmp_path):
     assert read_ids(tmp_path / "ids.npy").tolist() == [1, 2]
 
 
+BLANKS = st.text(" \t\r\n", max_size=2)
+SEPARATORS = st.sampled_from([" ", ",", ", ", "\n", ",\n ", " , "])
+
+
+@given(st.lists(st.integers(-(10**17), 10**17)), SEPARATORS, BLANKS, BLANKS, st.booleans())
+def test_every_form_of_the_same_ids(ids, separator, before, after, bracketed):
+    """Blanks, commas and one pair of brackets: the forms of people, JSON, Python, NumPy, llama-tokenize."""
+    text = separator.join(map(str, ids))
+    text = f"[{before}{text}{after}]" if bracketed else text
+    assert parse_ids(before + text + after, "--ids").tolist() == ids
+    for form in (str(ids), str(np.array(ids, np.int64)) if len(ids) < 100 else str(ids)):
+        assert parse_ids(form, "--ids").tolist() == ids
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "ids").write_text("[1, 2]\n", encoding="utf-8-sig")
+    assert read_ids(tmp_path / "ids").tolist() == [1, 2]
+
+
 class Bomb:
     """What a pickle can do when it is loaded."""
 
@@ -41,33 +62,36 @@ def object_array():
     return npy("'|O'", data=pickle.dumps(np.array([Bomb(), Bomb()], object)))
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "No data left in file"),
-    (b"\x93NUMPY", "EOF: reading magic string, expected 8 bytes got 6"),
-    (object_array(), "Array can't be memory-mapped: Python objects in dtype."),
-    (npy("[('a', '|O')]", data=object_array()), "Array can't be memory-mapped: Python objects in dtype."),
-    (npy("'<f8'"), "want integers [T], got float64 (2,)"),
-    (npy("'<U2'"), "want integers [T], got <U2 (2,)"),
-    (npy("'|b1'"), "want integers [T], got bool (2,)"),
-    (npy("'<m8[ns]'"), "want integers [T], got timedelta64[ns] (2,)"),
-    (npy(shape="(1, 2)"), "want integers [T], got int64 (1, 2)"),
-    (npy(shape="()"), "want integers [T], got int64 ()"),
-    (npy("'<u8'", data=b"\xff" * 16), "want integers below 2^63, got 18446744073709551615"),
-    (npy(shape="(3,)"), "mmap length is greater than file size"),
-    (npy(shape="(2**62,)"), None),
-    (npy(shape="(1152921504606846976,)"), None),
-    (npy(shape="(-1,)"), None),
-    (npy(shape="(True,)"), None),
-    (npy("'<i8' * 3"), None),
-    (npy("['<i8']"), None),
-    (npy(header="{"), None),
-    (npy(header="(" * 9000), None),
-    (npy(header="9" * 9000), None),
-    (npy(header="__import__('os').mkdir('exploded')"), None),
-    (npy(header=" " * 20000), None),
-    (pickle.dumps(Bomb()), None),
-    (b"PK\3\4" + bytes(100), None),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", None),  # older NumPys take it for a pickle
+        (b"\x93NUMPY", "EOF: reading magic string, expected 8 bytes got 6"),
+        (object_array(), "Array can't be memory-mapped: Python objects in dtype."),
+        (npy("[('a', '|O')]", data=object_array()), "Array can't be memory-mapped: Python objects in dtype."),
+        (npy("'<f8'"), "want integers [T], got float64 (2,)"),
+        (npy("'<U2'"), "want integers [T], got <U2 (2,)"),
+        (npy("'|b1'"), "want integers [T], got bool (2,)"),
+        (npy("'<m8[ns]'"), "want integers [T], got timedelta64[ns] (2,)"),
+        (npy(shape="(1, 2)"), "want integers [T], got int64 (1, 2)"),
+        (npy(shape="()"), "want integers [T], got int64 ()"),
+        (npy("'<u8'", data=b"\xff" * 16), "want integers below 2^63, got 18446744073709551615"),
+        (npy(shape="(3,)"), "mmap length is greater than file size"),
+        (npy(shape="(2**62,)"), None),
+        (npy(shape="(1152921504606846976,)"), None),
+        (npy(shape="(-1,)"), None),
+        (npy(shape="(True,)"), None),
+        (npy("'<i8' * 3"), None),
+        (npy("['<i8']"), None),
+        (npy(header="{"), None),
+        (npy(header="(" * 9000), None),
+        (npy(header="9" * 9000), None),
+        (npy(header="__import__('os').mkdir('exploded')"), None),
+        (npy(header=" " * 20000), None),
+        (pickle.dumps(Bomb()), None),
+        (b"PK\3\4" + bytes(100), None),
+    ],
+)
 def test_hostile_npy(tmp_path, monkeypatch, content, message):
     """No pickle is loaded, nothing of the header's promises is allocated.  None: NumPy's own words."""
     monkeypatch.chdir(tmp_path)
@@ -81,10 +105,27 @@ def test_hostile_npy(tmp_path, monkeypatch, content, message):
     assert os.listdir(tmp_path) == ["ids.npy"]
 
 
-@pytest.mark.parametrize("text, word", [
-    ("1 x", "x"), ("1 2.0", "2.0"), ("1 99999999999999999999", "99999999999999999999"),
-    ("9" * 10**6, "9" * 40), ("0x10", "0x10"), ("1\x1b[2J", "1\\x1b[2J"),
-])
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("1 x", "x"),
+        ("1 2.0", "2.0"),
+        ("1 99999999999999999999", "99999999999999999999"),
+        ("9" * 10**6, "9" * 40),
+        ("0x10", "0x10"),
+        ("1_0", "1_0"),  # Python's own, and nobody else's
+        ("\u0661", "\u0661"),
+        ("[", "["),
+        ("]", "]"),
+        ("[1", "[1"),
+        ("1]", "1]"),
+        ("[[1]]", "[1]"),
+        ("[1] [2]", "1]"),
+        ("(1, 2)", "(1"),
+        ("[1, 2,]x", "[1"),
+        ("1\x1b[2J", "1\\x1b[2J"),
+    ],
+)
 def test_hostile_text(text, word):
     with pytest.raises(InputError) as caught:
         parse_ids(text, "--ids")
@@ -99,17 +140,20 @@ def test_a_file_that_is_no_text(tmp_path):
         read_ids(tmp_path / "none")
 
 
-@pytest.mark.parametrize("ids, message", [
-    ([], "ids: want at least one id in a flat sequence, got shape (0,)"),
-    ([[1]], "ids: want at least one id in a flat sequence, got shape (1, 1)"),
-    ([[1], [1, 2]], "ids: want a flat sequence of integers"),
-    ([1.0], "ids: want integers, got float64"),
-    (["1"], "ids: want integers, got <U1"),
-    ([None], "ids: want integers, got object"),
-    ([2**64], "ids: want integers, got object"),
-    ([1, 10], "ids: want 0 to 9, got 10 at index 1"),
-    ([-1], "ids: want 0 to 9, got -1 at index 0"),
-])
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([], "ids: want at least one id in a flat sequence, got shape (0,)"),
+        ([[1]], "ids: want at least one id in a flat sequence, got shape (1, 1)"),
+        ([[1], [1, 2]], "ids: want a flat sequence of integers"),
+        ([1.0], "ids: want integers, got float64"),
+        (["1"], "ids: want integers, got <U1"),
+        ([None], "ids: want integers, got object"),
+        ([2**64], "ids: want integers, got object"),
+        ([1, 10], "ids: want 0 to 9, got 10 at index 1"),
+        ([-1], "ids: want 0 to 9, got -1 at index 0"),
+    ],
+)
 def test_ids_are_checked(ids, message):
     with pytest.raises(InputError) as caught:
         as_ids(ids, 10)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from rewrite import GOLDEN
+from paths import GOLDEN
 
 import pyengine
 from pyengine import reference
@@ -15,8 +15,9 @@ def test_split_and_chunk_agree(name):
     whole = model.forward(ids)
     assert whole.dtype == np.float32 and whole.shape == (20, model.config.vocab_size)
     state = model.new_state()
-    split = np.concatenate([model.forward(ids[:7], state), model.forward(ids[7:8], state),
-                            model.forward(ids[8:], state)])
+    split = np.concatenate(
+        [model.forward(ids[:7], state), model.forward(ids[7:8], state), model.forward(ids[8:], state)]
+    )
     assert np.array_equal(split, whole)
     assert np.array_equal(model.forward(ids, chunk=6), whole)
     assert np.array_equal(model.forward(ids, chunk=6, last_only=True), whole[-1:])
@@ -26,8 +27,10 @@ def test_locked_is_near_float64():
     """Not a tolerance between kernels: the published distance of the two arithmetics."""
     path = GOLDEN / "pattern31.gguf"
     ids = np.random.default_rng(1729).integers(0, 288, 64)
-    log_p = [np.log(reference.softmax(pyengine.load(path, a).forward(ids).astype(np.float64)))
-             for a in ("float64", "locked")]
+    log_p = [
+        np.log(reference.softmax(pyengine.load(path, a).forward(ids).astype(np.float64)))
+        for a in ("float64", "locked")
+    ]
     divergence = np.sum(np.exp(log_p[0]) * (log_p[0] - log_p[1]), axis=-1)
     assert divergence.mean() < 1e-7
 
@@ -45,7 +48,13 @@ def test_decay_far_from_one():
         state = np.ones((1, 2, 3))
         start, tokens = state.copy(), 5
         zeros = np.zeros((tokens, 1, 2))
-        out = reference.delta_rule(np.ones((tokens, 1, 2)), zeros, np.zeros((tokens, 1, 3)),
-                                   np.zeros((tokens, 1)), np.full((tokens, 1), log_decay), state)
+        out = reference.delta_rule(
+            np.ones((tokens, 1, 2)),
+            zeros,
+            np.zeros((tokens, 1, 3)),
+            np.zeros((tokens, 1)),
+            np.full((tokens, 1), log_decay),
+            state,
+        )
         np.testing.assert_allclose(state, start * np.exp(tokens * log_decay), rtol=1e-13)
         np.testing.assert_allclose(out[-1, 0], 2 * np.exp(tokens * log_decay), rtol=1e-13)
