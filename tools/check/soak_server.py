@@ -18,6 +18,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -132,8 +133,13 @@ def main() -> int:
         "-np",
         str(options.parallel),
     ]
+    # Not in the folder it was called from: a clone's sources would stand before the package.
     process = subprocess.Popen(
-        [*command, "--cache-memory", "64M"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [*command, "--cache-memory", "64M"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=tempfile.gettempdir(),
     )
     try:
         address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]

@@ -90,8 +90,9 @@ def write_labels(out: Path, windows: np.ndarray) -> None:
     path = out / "windows.jsonl"
     path.write_text("".join(json.dumps({"input_ids": ids.tolist()}) + "\n" for ids in windows))
     for name, kind in ("top-k", "--top-k"), ("sampled", "--sample"):
-        arguments = ["-m", CHECKPOINT, "--ids", "-f", path, "-o", out / name, kind, LABELS]
-        subprocess.run([sys.executable, "-m", "pyengine", "labels", *map(str, arguments)], check=True)
+        given = ["-m", CHECKPOINT, "--ids", "-f", path.name, "-o", name, kind, LABELS]
+        # Not in the folder it was called from: a clone's sources would stand before the package.
+        subprocess.run([sys.executable, "-m", "pyengine", "labels", *map(str, given)], check=True, cwd=out)
 
 
 class Columns:
