@@ -11,6 +11,8 @@ EXAMPLES = {
         pyengine quantize model.gguf --int4 model-int4 --scale mse
         pyengine quantize model.gguf --mixed model-mixed
         pyengine quantize model.gguf --mixed model-mixed --mix "*.layers.[0-3].*=int8" --dry-run
+        pyengine quantize model.gguf --int8 model-int8 --int4 model-int4 --card -f text.txt
+        pyengine quantize model.gguf --int4 model-int4 --card card.html --license apache-2.0
         pyengine quantize model-int4 --export compressed-tensors --int4 model-int4-ct
     """,
     "verify-files": """

@@ -6,21 +6,8 @@ from ..checkpoint.layout import GROUP
 from ..checkpoint.methods import METHODS
 from ..errors import InputError
 from ..plots import check_plot
-from .options import (
-    MODEL,
-    add_arithmetic,
-    add_json,
-    add_threads,
-    check_output,
-    integer,
-    new_command,
-    positive,
-    read_ids_file,
-    read_text,
-    warn_threads,
-)
-
-CONTEXT = 512
+from . import cards
+from .options import MODEL, add_json, add_threads, check_output, integer, new_command, positive, warn_threads
 
 
 def _count(text):
@@ -62,27 +49,7 @@ def add_commands(commands):
         "--plot", metavar="FILE", help="draw signal to noise against the layer, as .png or .svg (default: no)"
     )
     on_text = parser.add_argument_group("on texts, with --source")
-    on_text.add_argument(
-        "-f",
-        "--file",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help="a text in UTF-8; of each kind of text one, with an -f of its own (default: none)",
-    )
-    on_text.add_argument("--ids-file", metavar="F", help="token ids as text or .npy, instead (default: none)")
-    on_text.add_argument(
-        "-c",
-        "--ctx-size",
-        type=positive,
-        default=CONTEXT,
-        metavar="N",
-        help=f"tokens of a chunk, of which the second half counts (default: {CONTEXT})",
-    )
-    on_text.add_argument(
-        "--chunks", type=positive, metavar="N", help="of each text, the first N (default: all)"
-    )
-    add_arithmetic(on_text)
+    cards.add_texts(on_text)
     on_text.add_argument(
         "--by-layer",
         action="store_true",
@@ -95,23 +62,22 @@ def add_commands(commands):
         metavar="N",
         help="chunks that float64 runs too, for the arithmetic's own divergence; 0: none (default: 1)",
     )
-    on_text.add_argument(
+    a_card = parser.add_argument_group("a model card, with --source")
+    a_card.add_argument(
         "--card",
         metavar="FILE",
-        help="write a model card of the MODEL there, as .md or as one .html page (default: no)",
+        help="write one of the MODEL there, as .md or as one .html page; without a text it has the "
+        "weights' figures (default: no)",
     )
-    on_text.add_argument(
-        "--base-model", metavar="NAME", help="on the card (default: what SRC says, or not stated)"
-    )
-    on_text.add_argument(
-        "--license", metavar="NAME", help="on the card (default: what SRC says, or not stated)"
-    )
+    cards.add_origin(a_card)
 
 
 def _quality(options):
     _check_options(options)
     warn_threads(options.threads)
-    if options.file or options.ids_file:
+    if options.card:
+        _check_card(options)
+    if cards.on_texts(options):
         return _on_texts(options)
     from ..quantizer import quality, quality_report
 
@@ -123,6 +89,10 @@ def _quality(options):
         measured = quality.forecast(
             options.models[0], _bits(options), _scales(options), options.group_size or GROUP, options.threads
         )
+    if options.card:
+        from ..quantizer.cost import card
+
+        _write_card(options, [card.cost_of_weights(measured[0], options.source)])
     form = "as_json" if options.json else "as_markdown" if options.markdown else "as_table"
     print(getattr(quality_report, form)(measured))
     if options.plot:
@@ -142,7 +112,8 @@ def _scales(options):
 
 
 def _check_options(options):
-    on_texts = options.file or options.ids_file
+    on_texts = cards.on_texts(options)
+    cards.check_options(options)
     if not options.source and len(options.models) > 1:
         raise InputError("quality: want --source SRC, or a single MODEL to forecast from")
     given = [n for n in ("int8", "int4", "scale", "group_size", "mix") if getattr(options, n)]
@@ -155,13 +126,10 @@ def _check_options(options):
         raise InputError("-f: want --source SRC, which MODELs are compared with")
     if on_texts and options.plot:
         raise InputError("--plot: want it without -f; --card FILE.html has charts of texts")
-    if options.file and options.ids_file:
-        raise InputError("--ids-file: want it without -f, got both")
-    needs = [
-        name for name in ("by_layer", "card", "base_model", "license", "chunks") if getattr(options, name)
-    ]
-    if needs and not on_texts:
-        raise InputError(f"--{needs[0].replace('_', '-')}: want -f TEXT, which it measures")
+    if options.by_layer and not on_texts:
+        raise InputError("--by-layer: want -f TEXT, which it measures")
+    if options.card and not options.source:
+        raise InputError("--card: want --source SRC, which MODEL is compared with")
     if options.card and len(options.models) > 1:
         raise InputError(f"--card: want one MODEL, got {len(options.models)}")
 
@@ -170,70 +138,26 @@ def _check_options(options):
 
 
 def _on_texts(options):
-    from ..quantizer.cost import measure, tables
+    from ..quantizer.cost import card, measure, tables
 
+    how = cards.how_to_measure(options, floor_chunks=options.floor_chunks, by_layer=options.by_layer)
+    report = measure.measure(options.source, options.models, cards.read_texts(options.source, options), how)
     if options.card:
-        _check_card(options)
-    report = measure.measure(
-        options.source,
-        options.models,
-        _texts(options),
-        measure.Options(
-            options.ctx_size,
-            options.chunks,
-            options.arithmetic,
-            options.threads,
-            options.floor_chunks,
-            options.by_layer,
-        ),
-    )
-    if options.card:
-        _write_card(options, report)
+        _write_card(options, card.costs_on_texts(report))
     form = "as_json" if options.json else "as_markdown" if options.markdown else "as_text"
     print(getattr(tables, form)(report))
 
 
-def _texts(options):
-    """By the source's tokenizer."""
-    import hashlib
-
-    from ..census.texts import Text, encode
-    from ..checkpoint.open import open_checkpoint
-    from ..ids import as_ids
-
-    if options.ids_file:
-        ids = as_ids(read_ids_file(options.ids_file), open_checkpoint(options.source).config.vocab_size)
-        digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
-        return [Text(options.ids_file, digest, 8 * len(ids), ids)]
-    model = _Tokenized(options.source)
-    return [encode(model, name, read_text(name)) for name in options.file]
-
-
-class _Tokenized:
-    """What `encode` reads of a model."""
-
-    def __init__(self, source):
-        from ..checkpoint.open import open_checkpoint
-        from ..text.tokenizer import Tokenizer
-
-        checkpoint = open_checkpoint(source)
-        self.config, self.tokenizer = checkpoint.config, Tokenizer.open(checkpoint)
+# ---- the card --------------------------------------------------------------------------------
 
 
 def _check_card(options):
     from ..checkpoint import provenance
-    from ..quantizer.cost import card
 
-    card.check_card(check_output(options.card))
+    cards.check_card(options.card)
     if provenance.is_merge(provenance.read(options.models[0])):
         raise InputError(f"{options.models[0]}: --card: want a checkpoint that `quantize` wrote, got a merge")
 
 
-def _write_card(options, report):
-    from ..files.whole import write_text
-    from ..quantizer.cost import card
-
-    origin = card.origin_of(options.source, options.base_model, options.license)
-    as_page = str(options.card).lower().endswith(".html")
-    write = card.as_html if as_page else card.as_markdown
-    write_text(options.card, write(options.models[0], origin, report))
+def _write_card(options, costs):
+    cards.write_cards({options.models[0]: options.card}, options.source, options, costs)

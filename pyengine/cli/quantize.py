@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ..checkpoint.layout import GROUP
 from ..checkpoint.methods import ALL_METHODS
 from ..errors import InputError
+from . import cards
 from .options import add_threads, new_command, positive, warn_threads
 
 KINDS = ("int8", "int4", "mixed")
+IN_EACH = object()  # --card without FILE
 
 
 def add_commands(commands):
@@ -34,7 +39,7 @@ def add_commands(commands):
     parser.add_argument(
         "--group-size",
         type=positive,
-        default=128,
+        default=GROUP,
         metavar="N",
         help="columns that share a scale, an even number (default: 128; the locked "
         "arithmetic runs 128 only, float64 and transformers run any)",
@@ -61,11 +66,22 @@ def add_commands(commands):
         help="write --int8, --int4 or --mixed, a new directory, from SRC, a directory that "
         "this command wrote, in the layout of another library (default: no)",
     )
+    a_card = parser.add_argument_group("a model card, and texts to measure on")
+    a_card.add_argument(
+        "--card",
+        metavar="FILE",
+        nargs="?",
+        const=IN_EACH,
+        help="write one as README.md into each directory; with FILE, a .md or one .html page, there, of one "
+        "directory; without a text it has the weights' figures (default: no)",
+    )
+    cards.add_texts(a_card)
+    cards.add_origin(a_card)
 
 
 def _quantize(options):
     from ..quantizer.mix import ACTIVE
-    from ..quantizer.quantize import plans_of, quantize
+    from ..quantizer.quantize import plans_of, quantize, written_before
 
     warn_threads(options.threads)
     if options.mix is not None and options.mixed is None:
@@ -78,18 +94,29 @@ def _quantize(options):
         "group_size": options.group_size,
         "scale": options.scale or ("absmax" if options.calibration is None else "gptq"),
     }
+    _check_card_options(options, how)
+    paths = _cards(options, directories) if options.card else {}
     if options.dry_run:
         return _print_sizes(plans_of(options.source, **directories, **how))
-    quantize(
-        options.source,
-        **directories,
-        **how,
-        calibration=options.calibration,
-        threads=options.threads,
-        on_plans=_print_sizes if options.mixed else lambda plans: None,
-    )
-    for directory in filter(None, directories.values()):
-        print(f"{directory}: written")
+    texts = cards.read_texts(options.source, options)
+    how["calibration"] = options.calibration
+    done = written_before(options.source, **directories, **how) if paths else set()
+    if texts:
+        _check_texts(options, texts)
+    left = {kind: None if kind in done else directory for kind, directory in directories.items()}
+    if any(left.values()) or not done:
+        quantize(
+            options.source,
+            **left,
+            **how,
+            threads=options.threads,
+            on_plans=_print_sizes if options.mixed else lambda plans: None,
+        )
+    for kind, directory in directories.items():
+        if directory is not None:
+            print(f"{directory}: written{' before' * (kind in done)}", flush=True)
+    if paths:
+        _write_cards(options, paths, texts)
 
 
 def _print_sizes(plans):
@@ -97,6 +124,71 @@ def _print_sizes(plans):
 
     for kind, plan in plans.items():
         print("\n".join(as_table(kind, sizes(plan))), end="\n\n", flush=True)
+
+
+# ---- the card --------------------------------------------------------------------------------
+
+
+def _check_card_options(options, how):
+    cards.check_options(options)
+    if cards.on_texts(options):
+        if not options.card:
+            raise InputError(f"{'-f' if options.file else '--ids-file'}: want --card, which has its figures")
+        if how["group_size"] != GROUP and options.arithmetic != "float64":
+            raise InputError(
+                f"--group-size: want {GROUP}, which the locked arithmetic has, or --arithmetic float64 for a "
+                f"text, got {how['group_size']}"
+            )
+    elif options.card and how["scale"] == "awq":
+        raise InputError(
+            "--card: want -f TEXT with --scale awq, whose channels are scaled: its weights are not SRC's"
+        )
+
+
+def _cards(options, directories) -> dict[str, Path]:
+    """{directory: the file of its card}.  InputError: a file that cannot be one."""
+    from ..quantizer.cost.card import NAME
+
+    given = [directory for directory in directories.values() if directory is not None]
+    if options.card is IN_EACH:
+        paths = {directory: Path(directory) / NAME for directory in given}
+    elif len(given) > 1:
+        raise InputError(
+            f"--card: {options.card}: want one directory, of which it is the card, got {len(given)} (without "
+            f"FILE, --card writes {NAME} into each)"
+        )
+    else:
+        paths = {directory: Path(options.card) for directory in given}
+    for directory, path in paths.items():
+        cards.check_card(path, directory)
+        # Of an earlier run, which is complete then; or its reader has changed it.
+        if path.exists() and path.absolute().parent == Path(directory).absolute():
+            raise InputError(f"{path}: want a card that does not exist yet, got one that does")
+    return paths
+
+
+def _check_texts(options, texts):
+    from ..quantizer.cost import measure
+
+    measure.check(options.source, texts, cards.how_to_measure(options))
+
+
+def _write_cards(options, paths, texts):
+    from ..quantizer import quality
+    from ..quantizer.cost import card, measure
+
+    if texts:
+        report = measure.measure(options.source, list(paths), texts, cards.how_to_measure(options))
+        costs = card.costs_on_texts(report)
+    else:
+        measured = [quality.measure(directory, options.source) for directory in paths]
+        costs = [card.cost_of_weights(one, options.source) for one in measured]
+    cards.write_cards(paths, options.source, options, costs)
+    for path in paths.values():
+        print(f"{path}: written")
+
+
+# ---- the layout of another library -----------------------------------------------------------
 
 
 def _export(options):
@@ -110,8 +202,9 @@ def _export(options):
     destination = getattr(options, kind)
     if destination is None:
         raise InputError(f"{options.source}: want --{kind} DIR for a checkpoint of this kind")
-    if options.mix is not None or options.dry_run:
-        given = "--dry-run" if options.dry_run else "--mix"
-        raise InputError(f"{given}: want it without --export, which copies a checkpoint as it is")
+    for name in ("mix", "dry_run", "card"):
+        if getattr(options, name):
+            given = f"--{name.replace('_', '-')}"
+            raise InputError(f"{given}: want it without --export, which copies a checkpoint as it is")
     export_compressed_tensors(options.source, destination)
     print(f"{destination}: written")

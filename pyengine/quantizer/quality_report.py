@@ -57,14 +57,14 @@ def as_table(measurements: list[Measurement]) -> str:
     counted in one line.  Of one candidate there is also the place of the worst group, [expert, row]; of
     several, the figures are side by side.
     """
-    parts = [_legend(measurements), *(table(*section) for section in _sections(measurements))]
+    parts = [_legend(measurements), *(table(*section) for section in sections(measurements))]
     return "\n\n".join("\n".join(part) for part in [*parts, _unchanged(measurements)] if part)
 
 
 def as_markdown(measurements: list[Measurement]) -> str:
     """The same for a model card."""
     lists = [[f"* {line}" for line in part] for part in (_legend(measurements), _unchanged(measurements))]
-    tables = [markdown_table(*section) for section in _sections(measurements)]
+    tables = [markdown_table(*section) for section in sections(measurements)]
     return "\n\n".join("\n".join(part) for part in [lists[0], *tables, lists[1]] if part)
 
 
@@ -74,7 +74,8 @@ def _legend(measurements: list[Measurement]) -> list[str]:
     return [f"{number}: {m.label}" for number, m in enumerate(measurements, 1)]
 
 
-def _sections(measurements: list[Measurement]) -> list[Section]:
+def sections(measurements: list[Measurement]) -> list[Section]:
+    """The tables, of which the first cell says the kind: tensor, layer, together."""
     columns = [
         ("tensor", _changed([m.tensors for m in measurements])),
         ("layer", _changed([m.layers for m in measurements])),

@@ -21,7 +21,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.layout import GROUP
 from ..checkpoint.writer import SHARD_BYTES, CheckpointWriter, check_destinations
 from ..core.threads import Pool
-from ..errors import InputError
+from ..errors import FileFormatError, InputError
 from ..progress import progress
 from .calibrated import read_statistics, run_pass
 from .companions import quantized_config, write_companions
@@ -29,7 +29,7 @@ from .mix import ACTIVE, KINDS, Mix
 from .options import QuantizeOptions, open_source
 from .plan import PlannedParameter, plan
 from .quantize_pass import Target
-from .source_files import hash_beside, identity_of
+from .source_files import Described, hash_beside, identity_of
 
 Plans = dict[str, list[PlannedParameter]]  # by kind: int8, int4, mixed
 
@@ -91,16 +91,7 @@ def quantize(
         checkpoint.file.check_unchanged()
         for kind, writer in writers.items():
             own = bits[kind]
-            said = own.rules if isinstance(own, Mix) else own
-            describe = functools.partial(
-                provenance.describe,
-                sources,
-                checkpoint,
-                options.scale,
-                options.group_size,
-                said,
-                calibration=None if statistics is None else statistics.describe(),
-            )
+            describe = _describer(sources, checkpoint, own, options, statistics)
             config = quantized_config(checkpoint.config, own, options)
             write_companions(writer, checkpoint, config, describe, code=True)
         for writer in writers.values():
@@ -122,6 +113,71 @@ def plans_of(
     bits = _bits_of_kinds(_given(int8, int4, mixed), mix)
     checkpoint = open_source(source)
     return {kind: plan(checkpoint, own, group_size) for kind, own in bits.items()}
+
+
+def written_before(
+    source,
+    int8=None,
+    int4=None,
+    mixed=None,
+    *,
+    mix: Mix | str = ACTIVE,
+    group_size: int = GROUP,
+    scale: str = "absmax",
+    calibration=None,
+) -> set[str]:
+    """The kinds of which the directory exists, and is what `quantize` would write.
+
+    Its provenance decides; the source is hashed for it, and the directory's tensors are not read.
+    Errors: InputError, a directory that exists and is another; those of `quantize`.
+    """
+    options = QuantizeOptions(group_size, scale)
+    directories = {kind: path for kind, path in _given(int8, int4, mixed).items() if path.exists()}
+    if not directories:
+        return set()
+    bits = _bits_of_kinds(directories, mix)
+    checkpoint = open_source(source)
+    statistics = read_statistics(calibration, checkpoint, options)
+
+    def check(sources: Described, *fields: str) -> None:
+        for kind, directory in directories.items():
+            wanted = _describer(sources, checkpoint, bits[kind], options, statistics)({}, {})
+            said = _said(directory)
+            if any(said.get(field) != wanted.get(field) for field in fields):
+                check_destinations(directory)
+
+    check([], "format", "method", "group_size", "bits", "mix", "calibration")  # quick
+    with progress(checkpoint.file.size, "source") as bar:
+        (sources,) = hash_beside([checkpoint], bar.update, lambda: None)
+    check(sources, "twin")
+    return set(directories)
+
+
+def _said(directory: Path) -> provenance.Document:
+    """A directory's provenance; {}: it has none."""
+    try:
+        return provenance.read(directory)
+    except FileFormatError:
+        return {}
+
+
+def _describer(
+    sources: Described,
+    checkpoint: Checkpoint,
+    bits: int | Mix,
+    options: QuantizeOptions,
+    statistics: Statistics | None,
+) -> Callable[[dict[str, str], dict[str, str]], provenance.Document]:
+    """(tensors, files), both {name: sha256} -> the provenance"""
+    return functools.partial(
+        provenance.describe,
+        sources,
+        checkpoint,
+        options.scale,
+        options.group_size,
+        bits.rules if isinstance(bits, Mix) else bits,
+        calibration=None if statistics is None else statistics.describe(),
+    )
 
 
 def _given(int8, int4, mixed) -> dict[str, Path]:

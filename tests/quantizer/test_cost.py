@@ -281,7 +281,7 @@ def test_a_text_that_calibration_has_seen_is_marked(made, tmp_path):
     assert marks == [False, True]
     assert tables.as_text(said).count("others (CALIBRATED ON IT)") == 1
     assert "Calibrated on: seen (sha256 1111" in card.as_markdown(
-        tmp_path / "int4", card.Origin(None, None), said
+        tmp_path / "int4", card.Origin(None, None), *card.costs_on_texts(said)
     )
 
 
@@ -391,7 +391,8 @@ def test_the_origin_of_a_directory(tmp_path, made):
     "given, message",
     [
         (["--by-layer"], "--by-layer: want -f TEXT"),
-        (["--card", "x.md"], "--card: want -f TEXT"),
+        (["--chunks", "2"], "--chunks: want -f TEXT"),
+        (["--base-model", "a/b"], "--base-model: want --card"),
         (["--ids-file", "IDS", "--card", "card.txt"], "want a file name that ends in .md or .html"),
         (["--ids-file", "IDS", "--card", "/no/such/card.md"], "want a file in a directory that exists"),
         (["--ids-file", "IDS", "-f", "x"], "--ids-file: want it without -f"),
@@ -412,6 +413,8 @@ def test_more_that_is_refused(made, capsys, ids_file):
     ids = ["--ids-file", str(ids_file)]
     assert main(["quality", str(made["int4"]), *ids]) == 2
     assert "-f: want --source SRC" in capsys.readouterr().err
+    assert main(["quality", str(made["int4"]), "--card", "x.md"]) == 2
+    assert "--card: want --source SRC" in capsys.readouterr().err
     two = ["quality", str(made["int4"]), str(made["int8"]), "--source", str(MODEL), *ids]
     assert main([*two, "--card", "x.md"]) == 2
     assert "--card: want one MODEL, got 2" in capsys.readouterr().err

@@ -7,5 +7,5 @@ figures.py   those values as figures
 measure.py   the report, a dict for JSON
 tables.py    the report as text and Markdown
 page.py      the report as one HTML page
-card.py      a model card
+card.py      a model card, with these figures or with those of the weights alone
 """

@@ -16,8 +16,11 @@ from ...checkpoint import provenance
 from ...checkpoint.open import open_checkpoint
 from ...errors import InputError
 from ...files.gguf import GGUF
+from ...files.whole import write_text
+from .. import quality, quality_report
 from . import page, tables
 
+NAME = "README.md"  # of a card that lies in its checkpoint
 SUFFIXES = (".md", ".html")
 KINDS = {"int8": "INT8", "int4": "INT4", "mixed": "INT8 and INT4"}
 
@@ -67,34 +70,88 @@ def _front_matter(path: Path) -> dict[str, str]:
     return {pair[1]: pair[2] for pair in pairs if pair}
 
 
+# ---- the figures ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What quantizing one checkpoint costs.
+
+    line       the figures that count most
+    headline   how they were measured
+    charts     by the title of the table that each belongs to
+    """
+
+    line: str
+    headline: str
+    tables: list[tables.Table]
+    charts: dict[str, page.Chart]
+
+
+def costs_on_texts(report: tables.Report) -> list[Cost]:
+    """Of each candidate of measure.py's report."""
+    return [_on_texts(report | {"candidates": [one]}) for one in report["candidates"]]
+
+
+def _on_texts(report: tables.Report) -> Cost:
+    (one,) = report["candidates"]
+    line = ", ".join(
+        f"{tables.percent(text['same_top'])} same token and {text['kld']['value']:.1e} nats on {text['text']}"
+        for text in one["texts"]
+    )
+    return Cost(line, tables.headline(report), tables.tables(report), page.charts_of(report))
+
+
+def cost_of_weights(measured: quality.Measurement, source: Any) -> Cost:
+    """Of the weights alone; no text is read."""
+    whole = measured.quantized
+    titles = {"layer": "The error by layer", "together": "The error of all"}
+    sections = [section for section in quality_report.sections([measured]) if section.rows[0][0] in titles]
+    return Cost(
+        f"a relative error of {whole.relative_error:.2e} ({whole.snr_db:.1f} dB signal to noise) of the "
+        "quantized weights; not measured on a text",
+        f"The weights against those of {Path(source).name}. The error is that of a layer's quantized weights "
+        "together, relative to their norm; SNR is the same in dB. The worst group of columns that share a "
+        "scale stands beside it, with its place.",
+        [tables.Table(titles[rows[0][0]], "", rows, align) for rows, align in sections],
+        {},
+    )
+
+
 # ---- the card ------------------------------------------------------------------------------------
 
 
-def as_markdown(directory: Any, origin: Origin, report: tables.Report) -> str:
+def write_card(path: Any, directory: Any, origin: Origin, cost: Cost) -> None:
+    """A file that appears whole.  Errors: InputError, as of `check_card`; FileFormatError, no provenance."""
+    write = as_html if check_card(path).suffix.lower() == ".html" else as_markdown
+    write_text(path, write(directory, origin, cost))
+
+
+def as_markdown(directory: Any, origin: Origin, cost: Cost) -> str:
     said = provenance.read(directory)
     parts = [
         "\n".join(["---", *_front(said, origin), "---"]),
         f"# {_title(directory)}",
-        "\n".join(f"* {line}" for line in _facts(said, origin, report)),
+        "\n".join(f"* {line}" for line in _facts(directory, said, origin, cost)),
         "## How to load",
         "With transformers, which needs torch and not pyengine:",
         f"```python\n{_transformers(directory)}\n```",
         "With pyengine:",
         f"```sh\n{_pyengine(directory)}\n```",
         "## What quantizing costs",
-        tables.as_markdown(report, "###"),
+        tables.in_markdown(cost.headline, cost.tables, "###"),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def as_html(directory: Any, origin: Origin, report: tables.Report) -> str:
+def as_html(directory: Any, origin: Origin, cost: Cost) -> str:
     said = provenance.read(directory)
-    facts = "\n".join(f"<li>{escape(line)}</li>" for line in _facts(said, origin, report))
+    facts = "\n".join(f"<li>{escape(line)}</li>" for line in _facts(directory, said, origin, cost))
     code = "\n".join(
         f"<pre>{escape(text)}</pre>" for text in (_transformers(directory), _pyengine(directory))
     )
     before = f"<ul>\n{facts}\n</ul>\n<h2>How to load</h2>\n{code}"
-    return page.as_html(report, _title(directory), before)
+    return page.in_html(_title(directory), before, cost.headline, cost.tables, cost.charts)
 
 
 def _title(directory: Any) -> str:
@@ -114,13 +171,13 @@ def _front(said: provenance.Document, origin: Origin) -> list[str]:
     ]
 
 
-def _facts(said: provenance.Document, origin: Origin, report: tables.Report) -> list[str]:
+def _facts(directory: Any, said: provenance.Document, origin: Origin, cost: Cost) -> list[str]:
     files = ", ".join(f"{file['name']} (sha256 {file['sha256']})" for file in said["source"]["files"])
-    one = report["candidates"][0]
+    nbytes = open_checkpoint(directory).summary.weight_bytes
     facts = [
         f"Base model: {origin.base_model or 'not stated'}",
         f"Licence: {origin.licence or 'not stated'}",
-        f"Weights: {KINDS[provenance.kind_of(said)]}, {one['bytes']:,} bytes; one float16 scale for each row "
+        f"Weights: {KINDS[provenance.kind_of(said)]}, {nbytes:,} bytes; one float16 scale for each row "
         f"and {said['group_size']} columns; embeddings, head and norms are floats",
         f"Made from: {files}",
         f"Method: {said['method']}: {said.get('method_in_words', 'see the provenance')}",
@@ -136,11 +193,7 @@ def _facts(said: provenance.Document, origin: Origin, report: tables.Report) -> 
     if "mix" in said:
         rules = "; ".join(f"{pattern} has {bits} bits" for pattern, bits in said["mix"])
         facts.append(f"Mix, of which the first pattern that matches decides: {rules}; the rest has 4")
-    best = ", ".join(
-        f"{tables.percent(text['same_top'])} same token and {text['kld']['value']:.1e} nats on {text['text']}"
-        for text in one["texts"]
-    )
-    return [*facts, f"Cost: {best}"]
+    return [*facts, f"Cost: {cost.line}"]
 
 
 def _transformers(directory: Any) -> str:

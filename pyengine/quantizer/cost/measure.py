@@ -49,6 +49,13 @@ class Options:
     by_layer: bool = False
 
 
+def check(source: Any, texts: Sequence[Text], options: Options) -> None:
+    """Refuses what `measure` would refuse of the source and of the texts.  Errors: its own."""
+    load(source, options.arithmetic, options.threads)
+    for text in texts:
+        _chunks_of(text, options)
+
+
 def measure(source: Any, paths: Sequence[Any], texts: Sequence[Text], options: Options) -> dict[str, Any]:
     """The report on the models `paths`, quantized from `source`.
 

@@ -20,15 +20,18 @@ COLORS = ("#3366aa", "#cc6633", "#449955", "#8855aa", "#aa8822", "#557788")
 WIDTH, BAR, GAP, LEFT, RIGHT = 720, 16, 6, 190, 90  # pixels
 
 
-def as_html(report: Report, title: str = "What quantizing costs", before: str = "", after: str = "") -> str:
-    """before, after: HTML around the tables."""
-    parts = [f"<h1>{escape(title)}</h1>", before, f"<p>{escape(headline(report))}</p>"]
-    charts = {one.title: one for one in _charts(report)}
-    for one in tables(report):
+def as_html(report: Report) -> str:
+    return in_html("What quantizing costs", "", headline(report), tables(report), charts_of(report))
+
+
+def in_html(title: str, before: str, first: str, some: Sequence[Table], charts: dict[str, Chart]) -> str:
+    """The page: HTML before the figures; a paragraph; tables, each below the chart that has its title."""
+    parts = [f"<h1>{escape(title)}</h1>", before, f"<p>{escape(first)}</p>"]
+    for one in some:
         parts += [f"<h2>{escape(one.title)}</h2>", _chart_of(charts, one), _html_table(one)]
         if one.note:
             parts.append(f'<p class="note">{escape(one.note)}</p>')
-    body = "\n".join(part for part in [*parts, after] if part)
+    body = "\n".join(part for part in parts if part)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
@@ -83,8 +86,8 @@ def _chart_of(charts: dict[str, Chart], one: Table) -> str:
     return charts[one.title].svg() if one.title in charts else ""
 
 
-def _charts(report: Report) -> list[Chart]:
-    """Of each table that has one; by its title."""
+def charts_of(report: Report) -> dict[str, Chart]:
+    """{title: chart} of each table that has one."""
     colors = {one["name"]: COLORS[i % len(COLORS)] for i, one in enumerate(report["candidates"])}
     cost, layers, groups, positions = [], [], [], []
     for one in report["candidates"]:
@@ -104,12 +107,13 @@ def _charts(report: Report) -> list[Chart]:
             (_fit(f"{name}, {short(layer['layer'])}"), [layer["kld"]["value"]], color)
             for layer in one.get("by_layer", ())
         ]
-    return [
+    charts = [
         Chart("What it costs", cost),
         Chart("One layer quantized at a time", layers),
         Chart("By expert group", groups),
         Chart("By position in the chunk", positions),
     ]
+    return {one.title: one for one in charts}
 
 
 def _parts(text: dict[str, Any]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ...files.strict_json import finite_or_null
@@ -25,16 +26,21 @@ def as_json(report: Report) -> str:
 
 
 def as_text(report: Report) -> str:
-    parts = [[said] for said in (headline(report),)]
+    parts = [[headline(report)]]
     parts += [
         [one.title, *table(one.rows, one.align), *([one.note] * bool(one.note))] for one in tables(report)
     ]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def as_markdown(report: Report, heading: str = "##") -> str:
-    parts = [[headline(report)]]
-    for one in tables(report):
+def as_markdown(report: Report) -> str:
+    return in_markdown(headline(report), tables(report), "##")
+
+
+def in_markdown(first: str, some: Sequence[Table], heading: str) -> str:
+    """A paragraph, and tables below it, each under a heading."""
+    parts = [[first]]
+    for one in some:
         parts.append([f"{heading} {one.title}", "", *markdown_table(one.rows, one.align)])
         if one.note:
             parts.append([one.note])
