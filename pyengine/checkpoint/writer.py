@@ -55,6 +55,9 @@ class Sink(Protocol):
     def wants(self, name: str) -> bool:
         """False: the sink has the tensor already, and it need not be computed."""
 
+    def read(self, name: str) -> NDArray[Any] | None:
+        """A tensor that the sink has already; None: it does not have it, or not whole."""
+
     def write(self, name: str, array: NDArray[Any]) -> None:
         """The next bytes of a tensor."""
 
@@ -67,6 +70,9 @@ class DigestSink:
 
     def wants(self, name: str) -> bool:
         return True
+
+    def read(self, name: str) -> NDArray[Any] | None:
+        return None
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         self._hashes.setdefault(name, hashlib.sha256()).update(np.ascontiguousarray(array))
@@ -138,6 +144,7 @@ class CheckpointWriter:
         self.nbytes = sum(entry.nbytes for parameter in parameters for entry in parameter)
         self._shard_of = {entry.name: shard for shard, entries in self.shards.items() for entry in entries}
         self._complete: dict[str, dict[str, str]] = {}  # file: {tensor: sha256}
+        self._opened: dict[str, SafetensorsFile] = {}  # of those, the files that were read
         self._file: SafetensorsWriter | None = None
         self._left = 0  # bytes of the open file's tensors
 
@@ -170,6 +177,15 @@ class CheckpointWriter:
 
     def wants(self, name: str) -> bool:
         return self._shard_of[name] not in self._complete
+
+    def read(self, name: str) -> NDArray[Any] | None:
+        """Mapped from the file, whose digests were compared when the run began."""
+        shard = self._shard_of[name]
+        if shard not in self._complete:
+            return None
+        if shard not in self._opened:
+            self._opened[shard] = SafetensorsFile.open(self.partial / shard)
+        return self._opened[shard].tensors[name].data
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         """Opens the tensor's file with its first bytes, and closes the file with its last."""

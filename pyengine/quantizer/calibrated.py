@@ -19,6 +19,9 @@ A routed expert sees the tokens that the quantized router sends it, by their rou
 than FEW of the mean of its layer (or every one, with --all-experts) stands by its layer: every token goes
 through it, with weight 1.
 
+A run that continues reads what an earlier run wrote (rounded_before.py), and takes no moments for it.  It
+runs the text through all layers again, since later layers need what these give.
+
 Memory beside the mapped source: the hidden states of source and made [T, H] and the mixers' inner states,
 or the experts' sums, all float32; 3 n^2 float64 for a linear of n columns; a layer's codes of
 `experts.down_proj`.
@@ -27,6 +30,7 @@ or the experts' sums, all float32; 3 n^2 float64 for a linear of n columns; a la
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -35,9 +39,7 @@ from ..calibration import imatrix
 from ..calibration.layer import Layer, embed, tokens_of
 from ..calibration.statistics import Run, Statistics, few_experts
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config import Config
-from ..checkpoint.families import model_specs
-from ..checkpoint.layout import MAX_CODE, float_dtype
+from ..checkpoint.layout import MAX_CODE
 from ..checkpoint.methods import CALIBRATED
 from ..checkpoint.names import layer_of
 from ..checkpoint.tensor import Tensor
@@ -45,12 +47,13 @@ from ..core import ops
 from ..core.matrices import as_matrix
 from ..core.threads import Pool
 from ..errors import InputError
-from ..files.numbers import float32_in_bfloat16, float32_to_bfloat16
+from ..files.numbers import float32_in_bfloat16
+from .as_written import as_written
 from .folds import Folds, LayerFold
 from .moments import Moments
 from .options import QuantizeOptions
-from .plan import PlannedParameter
 from .quantize_pass import QuantizePass, Rounding, Target
+from .rounded_before import RoundedBefore
 from .weighted import Floats, Rounded, WeightedRounding, by_rows, warn_of_few
 
 
@@ -84,21 +87,17 @@ def run_pass(
     if statistics is None:
         return QuantizePass(pool, options, advance).run(targets)
     for target in targets:
-        rounding = calibrated_rounding(pool, checkpoint, statistics, options, target.parameters)
+        rounding = calibrated_rounding(pool, checkpoint, statistics, options, target)
         QuantizePass(pool, options, advance, rounding).run([target])
 
 
 def calibrated_rounding(
-    pool: Pool,
-    checkpoint: Checkpoint,
-    statistics: Statistics,
-    options: QuantizeOptions,
-    parameters: list[PlannedParameter],
+    pool: Pool, checkpoint: Checkpoint, statistics: Statistics, options: QuantizeOptions, target: Target
 ) -> Rounding:
     """InputError: statistics without the ids of their text, which `gptq` and `awq` need."""
     bits = {
         tensor.name: parameter.bits
-        for parameter in parameters
+        for parameter in target.parameters
         if parameter.bits is not None
         for tensor in parameter.sources
     }
@@ -111,7 +110,8 @@ def calibrated_rounding(
         )
     group = options.group_size
     folds = Folds(pool, checkpoint, statistics, bits, group) if options.scale == "awq" else None
-    return CompensatedRounding(pool, checkpoint, statistics.run, bits, group, folds)
+    before = RoundedBefore(target.parameters, target.sink)
+    return CompensatedRounding(pool, checkpoint, statistics.run, bits, group, before, folds)
 
 
 # ---- one layer after another -------------------------------------------------------------------
@@ -127,10 +127,11 @@ class CompensatedRounding:
         run: Run,
         bits: dict[str, int],
         group: int,
+        before: RoundedBefore,
         folds: Folds | None = None,
     ):
         self.pool, self.source, self.run, self.bits, self.group = pool, checkpoint, run, bits, group
-        self.folds = folds
+        self.before, self.folds = before, folds
         self.made = dataclasses.replace(checkpoint, tensors={}, value_head_order="grouped")
         self.windows = run.windows()
         self.hidden_source = embed(checkpoint, run.ids)
@@ -142,6 +143,9 @@ class CompensatedRounding:
 
     def plain(self, tensor: Tensor) -> Tensor:
         return self.fold(layer_of(tensor.name)).plain(tensor)
+
+    def pass_over(self, tensor: Tensor, expert: int | None) -> None:
+        self.matrix(tensor, expert)  # a step of the forward pass
 
     def matrix(self, tensor: Tensor, expert: int | None) -> Rounded:
         index = layer_of(tensor.name)
@@ -161,15 +165,16 @@ class _LayerRounding:
         self.pool, self.run, self.bits, self.group = whole.pool, whole.run, whole.bits, whole.group
         self.windows, self.index = whole.windows, index
         self.hidden_s, self.hidden_m = whole.hidden_source, whole.hidden_made
-        self.fold = whole.fold(index)
+        self.before, self.fold = whole.before, whole.fold(index)
         whole.made.tensors.clear()
-        whole.made.tensors.update(_as_written(whole.source, index, self.fold))
+        whole.made.tensors.update(as_written(whole.source, index, self.fold))
         self.tensors = whole.made.tensors
         self.source, self.made = (
             Layer(self.pool, checkpoint, index) for checkpoint in (whole.source, whole.made)
         )
         self.inputs = self.source.inputs
-        self.moments = self._of_hidden("input_layernorm", self.inputs.mixer[0])
+        self._reads = ("input_layernorm", self.inputs.mixer[0])
+        self._shared: Moments | None = None
         self.routed: tuple[Floats, Floats] | None = None
         self._downs: dict[int, Rounded] = {}
         self._ups: dict[int, Rounded] = {}
@@ -193,7 +198,7 @@ class _LayerRounding:
             return self._mixer_output(tensor)
         if name == inputs.down:
             return self._down(tensor)
-        return self._round(tensor, None, self.moments)
+        return self._round(tensor, None, self._of_hidden)
 
     # ---- steps ----
 
@@ -203,41 +208,50 @@ class _LayerRounding:
         self.tensors[tensor.name] = tensor
         order = tensor.col_order
         inner_s, inner_m = (np.empty((len(self.hidden_s), tensor.shape[-1]), np.float32) for _ in range(2))
-        moments = self._moments(tensor, None, tensor.shape[-2])
         for rows in self.windows:
             inner_s[rows] = source.mixer_inner(source.norm("input_layernorm", self.hidden_s[rows]))
             inner_m[rows] = made.mixer_inner(made.norm("input_layernorm", self.hidden_m[rows]))
-            in_order = inner_s[rows] if order is None else inner_s[rows][:, order]
-            moments.add(in_order, inner_m[rows], self.hidden_s[rows] - self.hidden_m[rows])
         source.forget_mixer()
         made.forget_mixer()
-        moments.finish()
+
+        def moments() -> Moments:
+            found = self._moments(tensor, None, tensor.shape[-2])
+            for rows in self.windows:
+                in_order = inner_s[rows] if order is None else inner_s[rows][:, order]
+                found.add(in_order, inner_m[rows], self.hidden_s[rows] - self.hidden_m[rows])
+            return found.finish()
+
         rounded = self._round(tensor, None, moments)
         for hidden, layer, inner in ((self.hidden_s, source, inner_s), (self.hidden_m, made, inner_m)):
             for rows in self.windows:
                 hidden[rows] = layer.add(hidden[rows], layer.linear(tensor.name, inner[rows]))
-        self.moments = self._of_hidden("post_attention_layernorm", self.inputs.mlp[0])
+        self._reads, self._shared = ("post_attention_layernorm", self.inputs.mlp[0]), None
         return rounded
 
-    def _of_hidden(self, norm: str, reader: str) -> Moments:
-        moments = self._moments(self.source.checkpoint.tensors[reader])
-        for rows in self.windows:
-            moments.add(
-                self.source.norm(norm, self.hidden_s[rows]), self.made.norm(norm, self.hidden_m[rows])
-            )
-        moments.finish()
-        return moments
+    def _of_hidden(self) -> Moments:
+        """Of the norm that the linears at hand read."""
+        if self._shared is None:
+            norm, reader = self._reads
+            found = self._moments(self.source.checkpoint.tensors[reader])
+            for rows in self.windows:
+                found.add(
+                    self.source.norm(norm, self.hidden_s[rows]), self.made.norm(norm, self.hidden_m[rows])
+                )
+            self._shared = found.finish()
+        return self._shared
 
     def _mlp_inputs(self, tokens) -> tuple[Floats, Floats]:
         norm = "post_attention_layernorm"
         return self.source.norm(norm, self.hidden_s[tokens]), self.made.norm(norm, self.hidden_m[tokens])
 
     def _down(self, tensor: Tensor) -> Rounded:
-        moments = self._moments(tensor)
-        for rows in self.windows:
-            x_s, x_m = self._mlp_inputs(rows)
-            moments.add(self.source.mlp_inner(x_s), self.made.mlp_inner(x_m))
-        moments.finish()
+        def moments() -> Moments:
+            found = self._moments(tensor)
+            for rows in self.windows:
+                x_s, x_m = self._mlp_inputs(rows)
+                found.add(self.source.mlp_inner(x_s), self.made.mlp_inner(x_m))
+            return found.finish()
+
         rounded = self._round(tensor, None, moments)
         for i, (hidden, layer) in enumerate(((self.hidden_s, self.source), (self.hidden_m, self.made))):
             for rows in self.windows:
@@ -280,22 +294,26 @@ class _LayerRounding:
         assert self.inputs.experts_down is not None
         down = self.source.checkpoint.tensors[self.inputs.experts_down]
 
-        moments = self.moments
-        if not by_layer:
-            moments = self._moments(gate, expert)
+        def of_inputs() -> Moments:
+            found = self._moments(gate, expert)
             for some in _pieces(len(seen)):
                 x_s, x_m = self._mlp_inputs(seen[some])
-                moments.add(x_s * weights[some], x_m * weights[some])
-            moments.finish()
+                found.add(x_s * weights[some], x_m * weights[some])
+            return found.finish()
+
+        def of_inner() -> Moments:
+            found = self._moments(down, expert)
+            for some in _pieces(len(seen)):
+                x_s, x_m = self._mlp_inputs(seen[some])
+                inner_m = self._inner(matrices, x_m)
+                found.add(self.source.expert_inner(expert, x_s) * weights[some], inner_m * weights[some])
+            return found.finish()
+
+        moments = self._of_hidden if by_layer else functools.cache(of_inputs)
         made_gate, made_up = (self._round(tensor, expert, moments) for tensor in (gate, up))
-        moments = self._moments(down, expert)
+        del moments  # before those of down are made
         matrices = [self._made(t, r) for t, r in ((gate, made_gate), (up, made_up))]
-        for some in _pieces(len(seen)):
-            x_s, x_m = self._mlp_inputs(seen[some])
-            inner_m = self._inner(matrices, x_m)
-            moments.add(self.source.expert_inner(expert, x_s) * weights[some], inner_m * weights[some])
-        moments.finish()
-        made_down = self._round(down, expert, moments)
+        made_down = self._round(down, expert, of_inner)
         self._add_outputs(expert, (tokens_s, weights_s), (tokens_m, weights_m), matrices, down, made_down)
         self._ups[expert], self._downs[expert] = made_up, made_down
         return made_gate
@@ -323,17 +341,23 @@ class _LayerRounding:
         """Of a linear, without tokens as yet."""
         return Moments(self.pool, tensor.shape[-1], rows, self.fold.scale(tensor.name, expert))
 
-    def _round(self, tensor: Tensor, expert: int | None, moments: Moments) -> Rounded:
+    def _round(self, tensor: Tensor, expert: int | None, moments: Callable[[], Moments]) -> Rounded:
+        """moments: called where the matrix was not rounded before."""
+        rounded = self.before(tensor.name, expert)
+        if rounded is None:
+            rounded = self._round_by(moments(), tensor, expert)
+        if expert is None:
+            self.tensors[tensor.name] = self._made(tensor, rounded)
+        return rounded
+
+    def _round_by(self, moments: Moments, tensor: Tensor, expert: int | None) -> Rounded:
         largest = MAX_CODE[self.bits[tensor.name]]
 
         def some(rows: Floats, first: int) -> Rounded:
             rows = self.fold.rows(rows, tensor.name, expert, first)
             return moments.round(rows, first, largest, self.group)
 
-        rounded = by_rows(tensor, expert, self.group, some)
-        if expert is None:
-            self.tensors[tensor.name] = self._made(tensor, rounded)
-        return rounded
+        return by_rows(tensor, expert, self.group, some)
 
     def _made(self, tensor: Tensor, rounded: Rounded) -> Tensor:
         """The matrix as a reader of the output has it."""
@@ -351,29 +375,3 @@ def _pieces(count: int, step: int = 512):
 
 def _product(pool: Pool, tensor: Tensor, x: Floats) -> Floats:
     return ops.matmul(pool, as_matrix(tensor), ops.Activations(pool, np.ascontiguousarray(x), tensor.name))
-
-
-# ---- what stays floats -------------------------------------------------------------------------
-
-
-def _as_written(checkpoint: Checkpoint, index: int, fold: LayerFold) -> dict[str, Tensor]:
-    """The layer's parameters that stay floats, as a reader of the output has them."""
-    return {
-        spec.name: _written(
-            fold.plain(checkpoint.tensors[spec.name]), float_dtype(spec.name) if spec.linear else "F32"
-        )
-        for spec in _specs(checkpoint.config, index)
-        if not spec.linear or float_dtype(spec.name) is not None
-    }
-
-
-def _specs(config: Config, index: int):
-    return [spec for spec in model_specs(config) if layer_of(spec.name) == index]
-
-
-def _written(tensor: Tensor, dtype: str | None) -> Tensor:
-    values = np.ascontiguousarray(tensor.float64().astype(np.float32))
-    if values.ndim > 2:  # the convolution's [channels, 1, taps]
-        values = values.reshape(len(values), -1)
-    data = float32_to_bfloat16(values) if dtype == "BF16" else values
-    return Tensor(tensor.name, str(dtype), tensor.shape, data, file_name=tensor.file_name)

@@ -49,8 +49,8 @@ class Moments:
             assert self._beside is not None
             rounding.add_products(self.pool, beside, made, self._beside)
 
-    def finish(self) -> None:
-        """Every token is added."""
+    def finish(self) -> Moments:
+        """Every token is added -> itself."""
         lower = np.tril(self._moments)
         whole = lower + np.tril(lower, -1).T
         self._cross -= whole
@@ -59,6 +59,7 @@ class Moments:
         diagonal += DAMPING * (mean or 1.0)
         rounding.factor(self.pool, whole)
         self._factors, self._moments = whole, np.empty((0, 0))
+        return self
 
     def round(self, rows: Floats, first: int, largest: int, group: int):
         """rows [m, n] of W from row `first` on -> codes int8 [m, n], scales float16 [m, n_groups].

@@ -32,8 +32,11 @@ class Rounding(Protocol):
     def matrix(self, tensor: Tensor, expert: int | None) -> tuple[np.ndarray, np.ndarray]:
         """A matrix of the source, or one expert's -> codes int8 [rows, cols], scales float16 [rows, groups].
 
-        Called once for each matrix of one plan, in its order.
+        Called once for each matrix of one plan, in its order, or instead of it `pass_over`.
         """
+
+    def pass_over(self, tensor: Tensor, expert: int | None) -> None:
+        """A matrix that an earlier run has written."""
 
     def plain(self, tensor: Tensor) -> Tensor:
         """A parameter of the source that stays floats -> what is written for it."""
@@ -134,12 +137,12 @@ class QuantizePass:
         return scales
 
     def _pass_over(self, parameter: PlannedParameter) -> None:
-        """A rounding that goes through the layers in order needs what a killed run has written, too."""
+        """A rounding that goes through the layers in order needs to know of what a killed run has written."""
         if self.rounding is None or parameter.bits is None:
             return
         for expert in _experts_of(parameter):
             for tensor in parameter.sources:
-                self.rounding.matrix(tensor, expert)
+                self.rounding.pass_over(tensor, expert)
 
     def _plain(self, wanted: Wanted) -> None:
         (tensor,), (entry,) = wanted[0][1].sources, wanted[0][1].entries

@@ -55,6 +55,9 @@ class WeightedRounding:
     def plain(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    def pass_over(self, tensor: Tensor, expert: int | None) -> None:
+        """Each matrix is rounded by itself."""
+
     def matrix(self, tensor: Tensor, expert: int | None) -> Rounded:
         weights = self.statistics.weights(tensor.name, expert, tensor.shape[-1])
         largest = MAX_CODE[self.bits[tensor.name]]
