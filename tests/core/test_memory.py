@@ -1,5 +1,7 @@
 """The memory that a process may still take: the machine's, and cgroups of both versions."""
 
+from pathlib import Path
+
 import pytest
 
 from pyengine.core import memory
@@ -14,19 +16,13 @@ from pyengine.core import memory
         ("3:cpu:/x", {"memory/x/memory.limit_in_bytes": 1, "memory/x/memory.usage_in_bytes": 0}, 10_240),
     ],
 )
-def test_cgroups(tmp_path, monkeypatch, line, files, want):
-    root = tmp_path / "cgroup"
-    for name, value in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"inactive_file {value}\n" if name.endswith("stat") else f"{value}\n")
-        stat = path.with_name("memory.stat")
-        if not stat.exists():
-            stat.write_text("anon 5\n")
-    proc = tmp_path / "proc"
-    proc.write_text(f"{line}\n")
-    monkeypatch.setattr(memory, "_CGROUPS", root)
-    monkeypatch.setattr(memory, "_OWN_GROUPS", proc)
+def test_cgroups(control_groups, monkeypatch, line, files, want):
+    texts = {str(Path(path).with_name("memory.stat")): "anon 5\n" for path in files}
+    texts |= {
+        path: f"inactive_file {value}\n" if path.endswith("stat") else f"{value}\n"
+        for path, value in files.items()
+    }
+    control_groups(f"{line}\n", texts)
     monkeypatch.setattr(memory, "_machine", lambda: 10_240)
     assert memory.available_memory() == want
 
