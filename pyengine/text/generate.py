@@ -27,7 +27,7 @@ from .answer import AnswerText, Place, ThinkingBudget
 from .chat import ChatPrompt
 from .grammar import Constraint
 from .options import GenerationOptions, check_count
-from .sampling import Sampler, largest
+from .sampler import Sampler, largest
 from .session import LanguageModel, Session
 from .thinking import ThinkingText
 from .tokenizer import Tokenizer

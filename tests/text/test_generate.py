@@ -21,7 +21,7 @@ from pyengine.text.answer import AnswerText, AnswerTokens
 from pyengine.text.generate import Generation, Token, generate
 from pyengine.text.model import ContextError
 from pyengine.text.options import SAMPLING, GenerationOptions
-from pyengine.text.sampling import Sampler
+from pyengine.text.sampler import Sampler
 from pyengine.text.session import Session
 from pyengine.text.thinking import ThinkingText
 
