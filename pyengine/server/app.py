@@ -39,11 +39,12 @@ from starlette.routing import Route
 from .._version import __version__
 from ..errors import InputError, PyengineError
 from ..seed import SEED
-from ..text.generate import Generation, Token
+from ..text.generate import Generation
 from ..text.model import TextModel
 from ..text.options import GenerationOptions
 from ..text.prefixes import CACHE_MEMORY, Prefixes
 from ..text.tokenizer import Tokenizer
+from ..text.tokens import Token
 from .answers import ChatCompletion, Completion
 from .errors import ApiError, closing, http_error, internal, internal_error, left, of_input, refused
 from .guard import Guard
