@@ -18,7 +18,7 @@ from pyengine.checkpoint.open import open_checkpoint
 from pyengine.checkpoint.summary import multiply_adds
 from pyengine.core.threads import active_isa
 from pyengine.errors import InputError
-from pyengine.evaluation import bench
+from pyengine.evaluation import bench, bench_report
 
 MODEL = GOLDEN / "pattern31.gguf"
 
@@ -146,12 +146,12 @@ def test_a_depth_is_computed_or_repeated(monkeypatch):
 
 
 def test_outputs(results):
-    values = json.loads(bench.as_json(results))
+    values = json.loads(bench_report.as_json(results))
     assert [set(value) for value in values] == [LLAMA_BENCH | OURS] * 2
-    rows = list(csv.DictReader(io.StringIO(bench.as_csv(results))))
+    rows = list(csv.DictReader(io.StringIO(bench_report.as_csv(results))))
     assert [row["n_prompt"] for row in rows] == ["8", "0"] and rows[0]["gb_per_s"] == ""
     assert float(rows[1]["avg_ts"]) == values[1]["avg_ts"]
-    lines = bench.as_markdown(results).splitlines()
+    lines = bench_report.as_markdown(results).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     assert " pp8 |" in lines[2] and f"{results[1].avg_ts:.2f} ± {results[1].stddev_ts:.2f}" in lines[3]
 
@@ -162,19 +162,22 @@ def test_read_bandwidth():
 
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    assert bench.plot_depths(4096) == [0, 512, 1024, 2048, 4096] and bench.plot_depths(600) == [0, 512]
+    assert bench_report.plot_depths(4096) == [0, 512, 1024, 2048, 4096] and bench_report.plot_depths(600) == [
+        0,
+        512,
+    ]
     results = bench.run(MODEL, n_prompt=[2], n_gen=[2], threads=[1], repetitions=1, depths=[0, 8])
     for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):
-        bench.plot(results, tmp_path / name)
+        bench_report.plot(results, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
     with pytest.raises(InputError, match="want a file name that ends in .png or .svg"):
-        bench.check_plot(tmp_path / "a.pdf")
+        bench_report.check_plot(tmp_path / "a.pdf")
 
 
 def test_no_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="want the package matplotlib: "):
-        bench.check_plot("a.png")
+        bench_report.check_plot("a.png")
 
 
 # ---- tools -------------------------------------------------------------------------------------
