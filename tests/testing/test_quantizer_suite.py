@@ -20,7 +20,8 @@ from pyengine.checkpoint.layout import pack_int4, unpack_int4
 from pyengine.checkpoint.tensor import Tensor
 from pyengine.core.threads import Pool, available_isas, select_isa
 from pyengine.errors import CheckpointError, InputError
-from pyengine.files.safetensors import SafetensorsDirectory, SafetensorsWriter
+from pyengine.files.safetensors import SafetensorsDirectory
+from pyengine.files.safetensors_writer import SafetensorsWriter
 from pyengine.quantizer.options import QuantizeOptions
 from pyengine.quantizer.quantize_pass import quantize_rows, source_rows
 from pyengine.quantizer.rule import encode, group_scales, quantize_groups
