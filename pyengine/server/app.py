@@ -42,6 +42,7 @@ from ..text.options import GenerationOptions
 from ..text.prefixes import CACHE_MEMORY, Prefixes
 from ..text.tokenizer import Tokenizer
 from .asked import Asked, Reader
+from .body import agreed, checked, read_body
 from .delivery import cancel_when_left, stream, whole
 from .errors import ApiError, closing, http_error, internal, internal_error, left, of_input, refused
 from .guard import Guard
@@ -50,7 +51,7 @@ from .metrics import Metrics
 from .openapi import openapi
 from .page import page_route
 from .request_log import RequestLog, counts, difference, log
-from .requests import MOST_CHOICES, DetokenizeRequest, TokenizeRequest, agreed, checked, read_body
+from .requests import MOST_CHOICES, DetokenizeRequest, TokenizeRequest
 
 HANDLERS: dict[Any, Any] = {
     ApiError: refused,

@@ -9,8 +9,9 @@ from typing import Any
 from ..seed import SEED
 from ..text.options import GenerationOptions
 from .answers import ChatCompletion, Completion
+from .body import agreed, checked
 from .errors import ApiError
-from .requests import ChatRequest, CompletionRequest, ResponsesRequest, ToolChoice, agreed, checked
+from .requests import ChatRequest, CompletionRequest, ResponsesRequest, ToolChoice
 from .responses import ResponseAnswer, chat_of
 
 DEFAULT_TOKENS = 16  # of a completion: OpenAI's
