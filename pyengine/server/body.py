@@ -107,7 +107,6 @@ def words(schema: dict[str, Any]) -> str:
         return " or ".join(words(one) for one in schema["anyOf"] if one.get("type") != "null")
     if "enum" in schema:
         return " or ".join(map(json.dumps, schema["enum"]))
-    _low, _high = schema.get("minimum"), schema.get("maximum")
     if schema["type"] == "array":
         return f"a list of {words(schema['items'])}"
     names = {
