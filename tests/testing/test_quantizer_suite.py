@@ -28,7 +28,7 @@ from pyengine.quantizer.rule import encode, group_scales, quantize_groups
 from pyengine.quantizer.verify_files import verify_tensors
 from pyengine.testing import PROPERTIES, Format, check_quantizer
 from pyengine.testing.quantizer import strategies, suite
-from pyengine.testing.quantizer.properties import q8_0_values
+from pyengine.testing.quantizer.properties.stored import q8_0_values
 
 ALL = range(1, 22)
 CALIBRATED = range(22, 25)  # test_calibrated_suite.py has these
