@@ -16,6 +16,11 @@ PAGES = [
 ]
 
 
+SOURCES = {
+    path.name for room in ("pyengine", "csrc", "tests", "tools") for path in (ROOT / room).rglob("*.py")
+}
+
+
 def questions() -> list[tuple[str, str]]:
     page = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
     return re.findall(r"^\| (Where .*\?) \| `(.*)` \|$", page, re.MULTILINE)
@@ -39,6 +44,25 @@ def test_links_and_paths_of_a_page_exist(page):
     named = re.findall(r"(?<![\w/.])((?:pyengine|csrc|tests|tools|\.ci|\.github)/[\w./-]*[\w/])", text)
     for path in named:
         assert (ROOT / path).exists(), path
+    for name in re.findall(r"`([a-z0-9_]+\.py)`", text):
+        assert name in SOURCES, name
+
+
+def test_what_the_project_file_names_exists():
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    for package, patterns in tools["setuptools"]["package-data"].items():
+        folder = ROOT / "pyengine" if package == "*" else ROOT / package.replace(".", "/")
+        for pattern in patterns:
+            assert list(folder.rglob(pattern)), f"{package}: {pattern}"
+    pytest_options = tools["pytest"]["ini_options"]
+    for folder in pytest_options["testpaths"] + pytest_options["pythonpath"]:
+        assert (ROOT / folder).is_dir(), folder
+    loose = [name for override in tools["mypy"]["overrides"] for name in override["module"]]
+    for name in loose:
+        if name.startswith("pyengine.") and name != "pyengine._core":  # which is built
+            path = ROOT / name.removesuffix(".*").replace(".", "/")
+            assert path.is_dir() or path.with_suffix(".py").is_file(), name
 
 
 def test_the_readme_is_short():

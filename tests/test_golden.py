@@ -329,12 +329,12 @@ def test_the_engines_ties_go_to_even():
 def test_ties_of_activations_rounded_away_from_zero(planted, checkpoints, monkeypatch):
     name = "tied"
     model = pyengine.load(checkpoints(name, "locked"), threads=1)
-    monkeypatch.setattr(ops, "quantize_activations", activation_quantizer(half_even))
+    monkeypatch.setattr(ops.products, "quantize_activations", activation_quantizer(half_even))
     tensors = planted.run(model, name, SHORT)
     assert planted.first_difference(name, "locked", SHORT, tensors) is None
 
     differing = []
-    monkeypatch.setattr(ops, "quantize_activations", activation_quantizer(half_away, differing))
+    monkeypatch.setattr(ops.products, "quantize_activations", activation_quantizer(half_away, differing))
     difference = fault_in(planted, model, name, "locked")
     assert differing[0] == 1  # one tie in 960 activations of the first norm
     assert difference.startswith("model.layers.0.linear_attn.in_proj_qkv: ")

@@ -25,6 +25,7 @@ from .rope_fields import rope_of_gguf, rope_of_hf
 
 if TYPE_CHECKING:
     from ..files import gguf as gguf_file
+    from ..files.gguf_metadata import Metadata as GGUFMetadata
     from .keys import Where
 
 
@@ -278,7 +279,7 @@ def _gguf_end_ids(gguf: gguf_file.GGUF) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _gguf_pad_id(metadata: gguf_file.Metadata) -> int | None:
+def _gguf_pad_id(metadata: GGUFMetadata) -> int | None:
     key = "tokenizer.ggml.padding_token_id"
     return _unless_none(metadata.require(key, int)) if key in metadata else None
 

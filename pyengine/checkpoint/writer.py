@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FileFormatError, InputError
-from ..files.safetensors import DTYPES, INDEX_NAME, SINGLE_NAME, SafetensorsFile, SafetensorsWriter
+from ..files.safetensors import DTYPES, INDEX_NAME, SINGLE_NAME, SafetensorsFile
+from ..files.safetensors_writer import SafetensorsWriter
 from ..files.strict_json import read_object
 from ..files.whole import partial_name, write_json
 

@@ -104,12 +104,13 @@ def _together(text):
 
 
 def _bench(options):
-    from ..evaluation import bench
+    from ..evaluation import bench, bench_report
+    from ..plots import check_plot
 
     depths = options.n_depth or [0]
     if options.plot:
-        bench.check_plot(check_output(options.plot))
-        depths = options.n_depth or bench.plot_depths(options.max_depth)
+        check_plot(check_output(options.plot))
+        depths = options.n_depth or bench_report.plot_depths(options.max_depth)
     warn_threads(max((count for count in options.threads if count), default=None))
     results = bench.run(
         options.model,
@@ -123,10 +124,15 @@ def _bench(options):
         options.fill,
         options.memory,
     )
-    write = {"md": bench.as_markdown, "json": bench.as_json, "jsonl": _as_json_lines, "csv": bench.as_csv}
+    write = {
+        "md": bench_report.as_markdown,
+        "json": bench_report.as_json,
+        "jsonl": _as_json_lines,
+        "csv": bench_report.as_csv,
+    }
     print(write[options.output](results))
     if options.plot:
-        bench.plot(results, options.plot)
+        bench_report.plot(results, options.plot)
 
 
 def _as_json_lines(results) -> str:

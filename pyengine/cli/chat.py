@@ -12,19 +12,15 @@ from ..errors import InputError, PyengineError
 from ..files.whole import write_text
 from ..text.model import ContextError
 from .chat_input import Message, open_input
-from .options import (
-    add_arithmetic,
+from .generation import (
     add_generation,
-    add_model,
     add_reasoning,
-    check_output,
-    load_model,
-    new_command,
     print_figures,
     print_seed,
     sampling_options,
     show_prompt_progress,
 )
+from .options import add_arithmetic, add_model, check_output, load_model, new_command
 
 HELP = """\
 /think, /nothink   think before the answer, or do not

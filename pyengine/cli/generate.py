@@ -5,20 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from .options import (
-    add_arithmetic,
-    add_generation,
-    add_json,
-    add_model,
-    add_prompt,
-    load_model,
-    new_command,
-    print_figures,
-    print_seed,
-    read_prompt,
-    sampling_options,
-    show_prompt_progress,
-)
+from .generation import add_generation, print_figures, print_seed, sampling_options, show_prompt_progress
+from .options import add_arithmetic, add_json, add_model, add_prompt, load_model, new_command, read_prompt
 
 
 def add_commands(commands):

@@ -10,17 +10,8 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..optional import require
-from .options import (
-    add_arithmetic,
-    add_generation,
-    add_model,
-    add_reasoning,
-    load_model,
-    memory_size,
-    new_command,
-    positive,
-    sampling_options,
-)
+from .generation import add_generation, add_reasoning, sampling_options
+from .options import add_arithmetic, add_model, load_model, memory_size, new_command, positive
 
 
 def add_commands(commands):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_GROUPS = Path("/proc/self/cgroup")
+from .cgroups import groups
+
 _UNLIMITED = 1 << 60
 
 
@@ -15,7 +15,7 @@ def available_memory() -> int:
 
     Pages of files that the system can drop count as available.
     """
-    return min(_machine(), *(_free_in(group) for group in _groups()), _UNLIMITED)
+    return min(_machine(), *(_free_in(group) for group in groups("memory")), _UNLIMITED)
 
 
 def _machine() -> int:
@@ -24,21 +24,6 @@ def _machine() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # macOS: it does not say what is in use
         return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4)
-
-
-def _groups():
-    """Folders of the memory cgroups, from this process's own one upward; version 2, or 1."""
-    try:
-        lines = _OWN_GROUPS.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = _CGROUPS / "memory" if controllers else _CGROUPS
-        own = root / path.strip("/")
-        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
 
 
 def _free_in(group: Path) -> int:

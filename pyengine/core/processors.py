@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
-PROC = Path("/proc")
+from .cgroups import groups, text
+
 SYSTEM = Path("/sys/devices/system/cpu")
 
 
@@ -23,7 +22,7 @@ def processors() -> int:
 def physical_cores() -> int:
     """How many threads are fastest: as `processors`, but the processors of one core count once."""
     places = [SYSTEM / f"cpu{cpu}/topology/thread_siblings_list" for cpu in _allowed()]
-    cores = {_text(place) or place for place in places}
+    cores = {text(place) or place for place in places}
     return max(1, min(len(cores), processors()))
 
 
@@ -37,30 +36,11 @@ def _allowed() -> set[int]:
 def _quota() -> float:
     """Processors' time per time: of the cgroup with the least; infinity where there is no quota."""
     least = math.inf
-    for folder in _cgroups():
-        words = _text(folder / "cpu.max").split() or [  # version 2, then version 1
-            _text(folder / "cpu.cfs_quota_us"),
-            _text(folder / "cpu.cfs_period_us"),
+    for folder in groups("cpu"):
+        words = text(folder / "cpu.max").split() or [  # version 2, then version 1
+            text(folder / "cpu.cfs_quota_us"),
+            text(folder / "cpu.cfs_period_us"),
         ]
         if len(words) == 2 and all(word.isdigit() and int(word) for word in words):
             least = min(least, int(words[0]) / int(words[1]))
     return least
-
-
-def _cgroups() -> Iterator[Path]:
-    """Folders of the processor's cgroups, from this process's own one upward; version 2, or 1."""
-    for line in _text(PROC / "self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number != "0" and "cpu" not in controllers.split(","):
-            continue
-        root = CGROUPS / "cpu" if controllers else CGROUPS
-        own = root / path.strip("/")
-        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
-
-
-def _text(path: Path) -> str:
-    """Without the blanks around it; of a file that cannot be read: ""."""
-    try:
-        return path.read_text().strip()
-    except (OSError, ValueError):
-        return ""

@@ -14,7 +14,7 @@ class Tape:
     token are the same, and only the contents of the arrays change.
 
         with tape.recording(pool):
-            ...                     # operations of ops.py
+            ...                     # operations of ops/
             by_python(pool, f)      # code that is not an operation, or needs other arrays each time
         tape.replay(pool)           # any number of times; the results are in the same arrays
 

@@ -12,7 +12,7 @@ from ..oracle.bits import compare
 from ..oracle.trace import Trace, record_trace
 from ..quantizer.quantize import quantize
 from ..text.generate import generate
-from ..text.sampling import Sampler
+from ..text.sampler import Sampler
 from ..text.tokenizer import Tokenizer
 from . import CHECKPOINT, GOLDEN_FLOAT64, GOLDEN_LOCKED, GOLDEN_LOCKED_INT8
 

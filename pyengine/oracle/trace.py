@@ -65,7 +65,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..errors import FileFormatError, InputError, quote
-from ..files.safetensors import SafetensorsWriter
+from ..files.safetensors_writer import SafetensorsWriter
 from .memories import memories, orders_of
 from .trace_file import (
     COLUMNS,

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..text.answer import AnswerTokens
-from ..text.generate import Generation, PromptToken, Token
+from ..text.generate import Generation
 from ..text.model import TextModel
+from ..text.tokens import PromptToken, Token
 from ..text.tool_calls import CallPart
 
 Body = dict[str, Any]

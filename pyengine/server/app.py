@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -38,13 +36,14 @@ from starlette.routing import Route
 
 from .._version import __version__
 from ..errors import InputError, PyengineError
-from ..seed import SEED
-from ..text.generate import Generation, Token
+from ..text.generate import Generation
 from ..text.model import TextModel
 from ..text.options import GenerationOptions
 from ..text.prefixes import CACHE_MEMORY, Prefixes
 from ..text.tokenizer import Tokenizer
-from .answers import ChatCompletion, Completion
+from .asked import Asked, Reader
+from .body import agreed, checked, read_body
+from .delivery import cancel_when_left, stream, whole
 from .errors import ApiError, closing, http_error, internal, internal_error, left, of_input, refused
 from .guard import Guard
 from .jobs import Job, JobQueue
@@ -52,22 +51,7 @@ from .metrics import Metrics
 from .openapi import openapi
 from .page import page_route
 from .request_log import RequestLog, counts, difference, log
-from .requests import (
-    MOST_CHOICES,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    ResponsesRequest,
-    TokenizeRequest,
-    ToolChoice,
-    agreed,
-    checked,
-    read_body,
-)
-from .responses import ResponseAnswer, chat_of
-
-DEFAULT_TOKENS = 16  # of a completion: OpenAI's
-PING_SECONDS = 5.0  # of silence in a stream, after which a comment is sent
+from .requests import MOST_CHOICES, DetokenizeRequest, TokenizeRequest
 
 HANDLERS: dict[Any, Any] = {
     ApiError: refused,
@@ -185,6 +169,7 @@ class Service:
 
     def __init__(self, model: TextModel, name: str, defaults: GenerationOptions, jobs: JobQueue):
         self.model, self.name, self.defaults, self.jobs = model, name, defaults, jobs
+        self.reader = Reader(name, defaults)
         self.created = int(time.time())
         self.metrics = Metrics(jobs)
         self._closing = asyncio.Event()
@@ -246,7 +231,7 @@ class Service:
         return JSONResponse({"object": "list", "data": [self._card()]})
 
     async def model_card(self, request: Request) -> Response:
-        self._check_name(request.path_params["name"])
+        self.reader.check_name(request.path_params["name"])
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
@@ -263,21 +248,17 @@ class Service:
             "meta": {"n_ctx": context, "n_ctx_train": self.model.context, "n_vocab": config.vocab_size},
         }
 
-    def _check_name(self, name: str | None) -> None:
-        if name not in (None, self.name):
-            raise ApiError(f"model: want {self.name!r}, got {name!r}", "model", 404, "model_not_found")
-
     async def completions(self, request: Request) -> Response:
-        return await self._answer(request, self._completion)
+        return await self._answer(request, self.reader.completion)
 
     async def chat_completions(self, request: Request) -> Response:
-        return await self._answer(request, self._chat)
+        return await self._answer(request, self.reader.chat)
 
     async def tokenize(self, request: Request) -> Response:
         """vLLM's and llama.cpp's."""
         body = await read_body(request)
         fields: TokenizeRequest = checked(body, TokenizeRequest)
-        self._check_name(fields.model)
+        self.reader.check_name(fields.model)
         pieces = bool(fields.with_pieces)
         ids = await _in_thread(lambda: self._ids_of(fields, body))
         texts = [self.model.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
@@ -307,7 +288,7 @@ class Service:
 
     async def detokenize(self, request: Request) -> Response:
         fields: DetokenizeRequest = checked(await read_body(request), DetokenizeRequest)
-        self._check_name(fields.model)
+        self.reader.check_name(fields.model)
         if fields.tokens is None:
             raise ApiError("tokens: want a list of token ids, got none", "tokens")
         beyond = max(fields.tokens, default=0)
@@ -317,92 +298,21 @@ class Service:
         return JSONResponse({"prompt": text, "content": text})
 
     async def responses(self, request: Request) -> Response:
-        return await self._answer(request, self._response)
+        return await self._answer(request, self.reader.response)
 
     # ---- a request to generations ----
-
-    def _completion(self, body: dict[str, Any]) -> Asked:
-        fields: CompletionRequest = checked(body, CompletionRequest)
-        if fields.prompt is None:
-            raise ApiError("prompt: want text or token ids, got none", "prompt")
-        prompt = fields.prompt
-        many = isinstance(prompt, list) and not isinstance(prompt[0], int)
-        options = self._options(fields).updated(
-            max_tokens=_given(agreed(fields, "max_tokens", "n_predict"), DEFAULT_TOKENS),
-            logprobs=fields.logprobs,
-            prompt_logprobs=_most(fields.logprobs if fields.echo else None, fields.prompt_logprobs),
-            special=bool(fields.parse_special),
-            reasoning="auto",
-            reasoning_budget=None,
-        )
-        return Asked(fields, list(prompt) if many else [prompt], "prompt", options, Completion)
-
-    def _chat(self, body: dict[str, Any]) -> Asked:
-        fields: ChatRequest = checked(body, ChatRequest)
-        if fields.messages is None:
-            raise ApiError("messages: want a list of messages, got none", "messages")
-        if fields.top_logprobs and not fields.logprobs:
-            raise ApiError("top_logprobs: want logprobs to be true with it", "top_logprobs")
-        limit = agreed(fields, "max_completion_tokens", "max_tokens", "n_predict")
-        options = self._options(fields).updated(
-            max_tokens=_given(limit, self.defaults.max_tokens),
-            logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
-            prompt_logprobs=fields.prompt_logprobs,
-            reasoning=_reasoning(fields, self.defaults.reasoning),
-            reasoning_budget=_given(fields.reasoning_budget, self.defaults.reasoning_budget),
-            documents=fields.documents,
-            continue_final_message=fields.continue_final_message,
-            add_generation_prompt=fields.add_generation_prompt,
-            **_tools(fields),
-        )
-        return Asked(fields, [fields.messages], "messages", options, ChatCompletion)
-
-    def _response(self, body: dict[str, Any]) -> Asked:
-        asked = self._chat(chat_of(checked(body, ResponsesRequest)))
-        asked.kind, asked.prompt = ResponseAnswer, "input"
-        return asked
-
-    def _options(self, fields: CompletionRequest | ChatRequest) -> GenerationOptions:
-        """The options that both kinds have."""
-        self._check_name(fields.model)
-        if fields.min_tokens and fields.stop:
-            raise ApiError("min_tokens: want it without stop: nothing else is done here", "min_tokens")
-        if fields.stream and fields.prompt_logprobs is not None:
-            raise ApiError("prompt_logprobs: want it without stream, got both", "prompt_logprobs")
-        bias = fields.logit_bias
-        sampling = dict(
-            temperature=fields.temperature,
-            top_p=fields.top_p,
-            top_k=0 if fields.top_k == -1 else fields.top_k,
-            min_p=fields.min_p,
-            seed=fields.seed,
-            repetition_penalty=agreed(fields, "repeat_penalty", "repetition_penalty"),
-            presence_penalty=fields.presence_penalty,
-            frequency_penalty=fields.frequency_penalty,
-            penalty_last_n=fields.repeat_last_n,
-            logit_bias=None if bias is None else {int(i): value for i, value in bias.items()},
-        )
-        given = {name: value for name, value in sampling.items() if value is not None}
-        return self.defaults.updated(
-            guided=_form(fields),
-            min_tokens=fields.min_tokens or 0,
-            stop=() if fields.stop is None else fields.stop,
-            stop_ids=fields.stop_token_ids or (),
-            ignore_end=bool(fields.ignore_eos),
-            **given,
-        )
 
     async def _answer(self, request: Request, reader: Callable[[dict[str, Any]], Asked]) -> Response:
         asked, job = await self._unless_closing(self._queued(request, reader))
         request.state.note = lambda: self._note(job)
-        watch = asyncio.create_task(_cancel_when_left(request, job))
+        watch = asyncio.create_task(cancel_when_left(request, job))
         self._watches.add(watch)  # keep a reference, or the task may be collected
         watch.add_done_callback(self._watches.discard)
         answer = asked.kind(self.model, self.name, job.generations, asked.fields, asked.seed)
         if not asked.fields.stream:
-            return await _whole(job, answer)
+            return await whole(job, answer)
         return StreamingResponse(
-            _stream(job, answer), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            stream(job, answer), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
 
     def _note(self, job: Job) -> str:
@@ -457,117 +367,10 @@ class Service:
             raise internal(error) from None
 
 
-class Asked:
-    """A request, read.
-
-    prompts  one or more;  prompt  the parameter that holds them
-    kind     of its answer
-    seed     of the first choice
-    """
-
-    def __init__(
-        self,
-        fields: CompletionRequest | ChatRequest,
-        prompts: list[Any],
-        prompt: str,
-        options: GenerationOptions,
-        kind: type[Completion],
-    ):
-        self.fields, self.prompts, self.prompt, self.options, self.kind = (
-            fields,
-            prompts,
-            prompt,
-            options,
-            kind,
-        )
-        seed = options.sampling.get("seed", SEED)
-        self.seed: int = secrets.randbelow(1 << 31) if seed == -1 else seed
-
-
 def _ends(tokenizer: Tokenizer) -> dict[str, str]:
     """The texts of the tokens that begin and end a text; "" where there is none."""
     ids = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.end_ids), None)}
     return {name: "" if token_id is None else tokenizer.decode([token_id]) for name, token_id in ids.items()}
-
-
-def _most(*counts: int | None) -> int | None:
-    return max((count for count in counts if count is not None), default=None)
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _form(fields: CompletionRequest | ChatRequest) -> dict[str, Any] | None:
-    """The answer's form, from whichever of its names.  Errors: ApiError where there are two."""
-    forms: dict[str, dict[str, Any]] = {}
-    if fields.structured_outputs is not None:
-        forms["structured_outputs"] = {k: v for k, v in fields.structured_outputs.items() if v is not None}
-    names = {"json_schema": "json", "grammar": "grammar"}
-    names |= {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
-    for name, kind in names.items():
-        value = getattr(fields, name)
-        if value is not None:
-            forms[name] = {kind: _schema(name, value) if kind == "json" else value}
-    asked = getattr(fields, "response_format", None)
-    if asked is not None and asked.type == "json_object":
-        forms["response_format"] = {"json": asked.schema_ or {"type": "object"}}
-    elif asked is not None and asked.type == "json_schema":
-        if asked.json_schema is None:
-            raise ApiError("response_format: want json_schema with it, got none", "response_format")
-        forms["response_format"] = {"json": asked.json_schema.schema_}
-    for name in list(forms)[1:]:
-        raise ApiError(f"{name}: want one form of the answer, got {next(iter(forms))} too", name)
-    return next(iter(forms.values()), None)
-
-
-def _schema(name: str, value: dict[str, Any] | str) -> dict[str, Any]:
-    """vLLM takes a text too."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise ApiError(f"{name}: want a JSON schema, got {value[:100]!r}", name) from None
-    if not isinstance(value, dict):
-        raise ApiError(f"{name}: want a JSON schema, got {json.dumps(value)[:100]}", name)
-    return value
-
-
-def _tools(fields: ChatRequest) -> dict[str, Any]:
-    """The tools, and the template's other variables; tool_choice "none": no tools in either."""
-    choice = fields.tool_choice
-    if choice != "none":
-        one = isinstance(choice, ToolChoice) or fields.parallel_tool_calls is False
-        named = choice.function.name if isinstance(choice, ToolChoice) else choice
-        if not fields.tools and named not in (None, "auto"):
-            raise ApiError(f"tool_choice: want tools with it, got {named!r} without", "tool_choice")
-        return dict(
-            tools=fields.tools,
-            tool_calls=(named or "auto") if fields.tools else None,
-            most_tool_calls=1 if fields.tools and one else None,
-            template_options=fields.chat_template_kwargs,
-        )
-    variables = {k: v for k, v in (fields.chat_template_kwargs or {}).items() if k != "tools"}
-    return dict(tools=None, template_options=variables or None)
-
-
-def _reasoning(fields: ChatRequest, default: str) -> str:
-    """The request's wish, from whichever of its names; the server's where it has none."""
-    wishes = {
-        "reasoning_effort": None if fields.reasoning_effort is None else fields.reasoning_effort != "none",
-        "enable_thinking": fields.enable_thinking,
-        "chat_template_kwargs": (fields.chat_template_kwargs or {}).get("enable_thinking"),
-    }
-    given = {name: value for name, value in wishes.items() if value is not None}
-    for name, value in given.items():
-        first = next(iter(given))
-        if bool(value) != bool(given[first]):
-            words = "thinking" if given[first] else "no thinking"
-            raise ApiError(f"{name}: want {words}, as {first} has it, got {json.dumps(value)[:100]}", name)
-    plain = [value for name, value in given.items() if name != "chat_template_kwargs"]
-    if plain:
-        return "on" if plain[0] else "off"
-    return "auto" if given else default
 
 
 async def _in_thread(function: Callable[[], Any]) -> Any:
@@ -589,75 +392,3 @@ async def _in_thread(function: Callable[[], Any]) -> Any:
 
     threading.Thread(target=run, name="pyengine-request", daemon=True).start()
     return await future
-
-
-# ---- answers -----------------------------------------------------------------------------------
-
-
-async def _cancel_when_left(request: Request, job: Job) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    job.cancel()  # of a job that is done: nothing
-
-
-async def _events(job: Job) -> AsyncIterator[tuple[int, Token | None] | None]:
-    """A job's events, and None after each silence; the job is cancelled when they are no longer wanted.
-
-    Errors: those of the job.
-    """
-    coming = asyncio.ensure_future(job.events.get())
-    try:
-        while True:
-            if not (await asyncio.wait({coming}, timeout=PING_SECONDS))[0]:
-                yield None
-                continue
-            event = coming.result()
-            if event is None:
-                return
-            if isinstance(event, ApiError):
-                raise event
-            if isinstance(event, Exception):
-                raise internal(event)
-            coming = asyncio.ensure_future(job.events.get())
-            yield event
-    finally:
-        coming.cancel()
-        job.cancel()
-
-
-async def _whole(job: Job, answer: Completion) -> Response:
-    async for event in _events(job):
-        if event is None:
-            continue
-        index, token = event
-        if token is None:
-            answer.finish(index)
-        else:
-            answer.take(index, token)
-    return JSONResponse(answer.whole())
-
-
-async def _stream(job: Job, answer: Completion) -> AsyncIterator[str]:
-    """Server-sent events.  Clients ignore the comments, but know by them that the server is there."""
-    try:
-        for chunk in answer.begin():
-            yield _event(chunk)
-        async for event in _events(job):
-            if event is None:
-                yield ": still working\n\n"
-                continue
-            index, token = event
-            for chunk in answer.end(index) if token is None else answer.delta(index, token):
-                yield _event(chunk)
-        if answer.include_usage:
-            yield _event(answer.last_chunk())
-        if answer.last_line:
-            yield answer.last_line
-    except Exception as error:  # the status is out already
-        yield _event((error if isinstance(error, ApiError) else internal(error)).body)
-
-
-def _event(body: dict[str, Any]) -> str:
-    """A chunk; one that has a type (of a response) begins with it."""
-    kind = f"event: {body['type']}\n" if "sequence_number" in body else ""
-    return f"{kind}data: {json.dumps(body, ensure_ascii=False)}\n\n"

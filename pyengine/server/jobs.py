@@ -8,10 +8,11 @@ import threading
 
 import numpy as np
 
-from ..text.generate import Generation, Token
+from ..text.generate import Generation
 from ..text.model import TextModel
 from ..text.prefixes import Prefixes, Reuse
 from ..text.session import Session, advance_batch
+from ..text.tokens import Token
 from .errors import ApiError, closing
 
 MOST_WAITING = 1024  # requests

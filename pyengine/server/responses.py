@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..text.generate import Generation, Token
+from ..text.generate import Generation
 from ..text.model import TextModel
+from ..text.tokens import Token
 from ..text.tool_calls import CallPart
 from .answers import Body, ChatCompletion
 from .errors import ApiError

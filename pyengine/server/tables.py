@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from .requests import ChatRequest, CompletionRequest, Harmless, wanted
+from .body import wanted
+from .requests import ChatRequest, CompletionRequest, Harmless
 
 
 def tables() -> list[str]:

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
 
 from . import tool_calls
 from .thinking import CLOSE, OPEN, ThinkingText, overlap
 from .tokenizer import Tokenizer
+from .tokens import Place, Token
 from .tool_calls import CallPart, ToolCallText
-
-if TYPE_CHECKING:
-    from .generate import Token
-
-
-class Place(NamedTuple):
-    """Where a token of a chat's answer is in the answer's characters, tags and stop string included.
-
-    text      the characters that the token completes; None for a token that has no text of its own (an end
-              token, a special token)
-    begin     the number of characters before them
-    thinking  whether the answer is inside the thinking tags before the token
-    answer    the number of characters before the text behind the thinking; None: not known yet
-    """
-
-    text: str | None
-    begin: int
-    thinking: bool
-    answer: int | None
 
 
 class ThinkingBudget:

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 from ..errors import FileFormatError, InputError, quote
 from ..files.gguf import GGUF
 from ..files.strict_json import read_object
+from .directory_vocabulary import tokenizer_config
 from .gguf_vocabulary import TEMPLATE, gguf_special_tokens, gguf_templates
-from .tokenizer import model_source, tokenizer_config
+from .tokenizer import model_source
 
 # Defaults of Hugging Face's tokenizer classes for this family, for fields that tokenizer_config.json does
 # not have.  transformers chooses the class by config.json; without that file, by `tokenizer_class`.

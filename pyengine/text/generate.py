@@ -16,62 +16,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from time import perf_counter
-from typing import Any, NamedTuple, Union
+from typing import Any
 
 import numpy as np
 
 from ..errors import InputError, quote
 from ..ids import as_ids
 from ..probabilities import log_softmax
-from .answer import AnswerText, Place, ThinkingBudget
+from .answer import AnswerText, ThinkingBudget
 from .chat import ChatPrompt
 from .grammar import Constraint
 from .options import GenerationOptions, check_count
-from .sampling import Sampler, largest
+from .sampler import Sampler, largest
 from .session import LanguageModel, Session
 from .thinking import ThinkingText
 from .tokenizer import Tokenizer
-from .tool_calls import CallPart, ToolCallText
+from .tokens import PromptToken, Token
+from .tool_calls import ToolCallText
 
 MARK_EVERY = 4096  # prompt tokens: a session can go back to there in the middle of a long message
 
-Step = Union["Token", np.ndarray]
-
-
-class Token(NamedTuple):
-    """One generated token.
-
-    id        the token's
-    logprob   natural logarithm of the model's own probability, before bias, penalties and filters; None where
-              options.logprobs is None
-    text      the characters of the answer that are certain with it; all tokens' together are the answer
-    thinking  the same, of the text between the thinking tags of a chat's answer
-    top       the `logprobs` likeliest pairs (id, logprob), likeliest first, ties by the lower id
-    place     of a chat's answer: where the token's own characters are (`AnswerTokens` reads it)
-    calls     pieces of tool calls that are certain with it
-    """
-
-    id: int
-    logprob: float | None
-    text: str
-    thinking: str = ""
-    top: tuple[tuple[int, float], ...] = ()
-    place: Place | None = None
-    calls: tuple[CallPart, ...] = ()
-
-
-class PromptToken(NamedTuple):
-    """A token of a prompt, as the model foretold it from those before it.
-
-    logprob  natural logarithm of its probability; None of the first, which nothing comes before
-    rank     1 + the number of ids that are likelier
-    top      as of Token
-    """
-
-    id: int
-    logprob: float | None = None
-    rank: int | None = None
-    top: tuple[tuple[int, float], ...] = ()
+Step = Token | np.ndarray
 
 
 def generate(

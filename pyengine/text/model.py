@@ -18,7 +18,8 @@ from .chat import ChatPrompt, ChatTemplate
 from .generate import Generation
 from .grammar import Constraint, Vocabulary, lark_of
 from .options import NAMED, GenerationOptions
-from .sampling import Sampler, checkpoint_settings
+from .sampler import Sampler
+from .sampling import checkpoint_settings
 from .session import Session
 from .thinking import CLOSE
 from .tokenizer import Tokenizer, has_tokenizer

@@ -13,7 +13,7 @@ from ..checks import integer
 from ..errors import InputError, nearest, quote
 from .chat import REASONING
 from .grammar import check_form
-from .sampling import Sampler
+from .sampler import Sampler
 
 SAMPLING = tuple(inspect.signature(Sampler).parameters)
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import FileFormatError, InputError
-from ..files.safetensors import SafetensorsFile, SafetensorsWriter
+from ..files.safetensors import SafetensorsFile
+from ..files.safetensors_writer import SafetensorsWriter
 from ..ids import common_length
 from .session import Session, reusable
 

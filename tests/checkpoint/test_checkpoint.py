@@ -18,7 +18,8 @@ from pyengine.checkpoint.open import open_checkpoint
 from pyengine.checkpoint.tensor import Tensor
 from pyengine.errors import CheckpointError, FileFormatError, InputError, PyengineError
 from pyengine.files.gguf import GGUF
-from pyengine.files.safetensors import SafetensorsDirectory, SafetensorsWriter
+from pyengine.files.safetensors import SafetensorsDirectory
+from pyengine.files.safetensors_writer import SafetensorsWriter
 from pyengine.quantizer.quantize import quantize
 
 PLAIN = GOLDEN / "pattern31.gguf"

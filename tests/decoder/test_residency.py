@@ -20,7 +20,6 @@ from pyengine.checkpoint.names import layer_of
 from pyengine.checkpoint.open import open_checkpoint
 from pyengine.checkpoint.summary import stored_bytes
 from pyengine.cli import main
-from pyengine.core import memory as core_memory
 from pyengine.core.expert_cache import PAGE
 from pyengine.decoder import residency
 from pyengine.decoder.expert_layout import expert_layers
@@ -259,38 +258,6 @@ class TestTheDefault:
         assert available - residency.SPARE - states[0] > 1 << 25  # all fits beside a short context
         assert residency.plan_memory(checkpoint, chunk=1) is None
         assert residency.plan_memory(checkpoint, chunk=1, context=32_768).memory == least(paths["slice"])
-
-    @pytest.mark.parametrize(
-        "line, files, want",
-        [
-            ("0::/a/b", {"a/memory.max": 900, "a/memory.current": 300, "a/memory.stat": 100}, 700),
-            ("0::/a/b", {"a/b/memory.max": "max", "a/b/memory.current": 300}, 10_240),
-            (
-                "4:memory:/x",
-                {"memory/x/memory.limit_in_bytes": 1000, "memory/x/memory.usage_in_bytes": 400},
-                600,
-            ),
-            ("3:cpu:/x", {"memory/x/memory.limit_in_bytes": 1, "memory/x/memory.usage_in_bytes": 0}, 10_240),
-        ],
-    )
-    def test_cgroups(self, tmp_path, monkeypatch, line, files, want):
-        root = tmp_path / "cgroup"
-        for name, value in files.items():
-            path = root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"inactive_file {value}\n" if name.endswith("stat") else f"{value}\n")
-            stat = path.with_name("memory.stat")
-            if not stat.exists():
-                stat.write_text("anon 5\n")
-        proc = tmp_path / "proc"
-        proc.write_text(f"{line}\n")
-        monkeypatch.setattr(core_memory, "_CGROUPS", root)
-        monkeypatch.setattr(core_memory, "_OWN_GROUPS", proc)
-        monkeypatch.setattr(core_memory, "_machine", lambda: 10_240)
-        assert core_memory.available_memory() == want
-
-    def test_here(self):
-        assert 1 << 20 < core_memory.available_memory() < 1 << 50
 
 
 READ_IN = """

@@ -16,7 +16,7 @@ from pyengine.oracle.trace import record_trace
 from pyengine.quantizer.quantize import quantize
 from pyengine.text.generate import generate
 from pyengine.text.gguf_vocabulary import TEMPLATE
-from pyengine.text.sampling import Sampler
+from pyengine.text.sampler import Sampler
 from pyengine.text.tokenizer import Tokenizer
 
 TRAINED, LOCK = TESTS / "trained" / "bf16.gguf", TESTS / "trained" / "LOCK.json"

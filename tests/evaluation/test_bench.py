@@ -10,15 +10,15 @@ import sys
 import numpy as np
 import pytest
 from paths import GOLDEN, TESTS, TOOLS
+from pyengine._core import lib
 from small_slice import SMALL
 
 import pyengine
 from pyengine.checkpoint.open import open_checkpoint
 from pyengine.checkpoint.summary import multiply_adds
-from pyengine.core import ops
 from pyengine.core.threads import active_isa
 from pyengine.errors import InputError
-from pyengine.evaluation import bench
+from pyengine.evaluation import bench, bench_report
 
 MODEL = GOLDEN / "pattern31.gguf"
 
@@ -146,12 +146,12 @@ def test_a_depth_is_computed_or_repeated(monkeypatch):
 
 
 def test_outputs(results):
-    values = json.loads(bench.as_json(results))
+    values = json.loads(bench_report.as_json(results))
     assert [set(value) for value in values] == [LLAMA_BENCH | OURS] * 2
-    rows = list(csv.DictReader(io.StringIO(bench.as_csv(results))))
+    rows = list(csv.DictReader(io.StringIO(bench_report.as_csv(results))))
     assert [row["n_prompt"] for row in rows] == ["8", "0"] and rows[0]["gb_per_s"] == ""
     assert float(rows[1]["avg_ts"]) == values[1]["avg_ts"]
-    lines = bench.as_markdown(results).splitlines()
+    lines = bench_report.as_markdown(results).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     assert " pp8 |" in lines[2] and f"{results[1].avg_ts:.2f} ± {results[1].stddev_ts:.2f}" in lines[3]
 
@@ -162,19 +162,22 @@ def test_read_bandwidth():
 
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    assert bench.plot_depths(4096) == [0, 512, 1024, 2048, 4096] and bench.plot_depths(600) == [0, 512]
+    assert bench_report.plot_depths(4096) == [0, 512, 1024, 2048, 4096] and bench_report.plot_depths(600) == [
+        0,
+        512,
+    ]
     results = bench.run(MODEL, n_prompt=[2], n_gen=[2], threads=[1], repetitions=1, depths=[0, 8])
     for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):
-        bench.plot(results, tmp_path / name)
+        bench_report.plot(results, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
     with pytest.raises(InputError, match="want a file name that ends in .png or .svg"):
-        bench.check_plot(tmp_path / "a.pdf")
+        bench_report.check_plot(tmp_path / "a.pdf")
 
 
 def test_no_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="want the package matplotlib: "):
-        bench.check_plot("a.png")
+        bench_report.check_plot("a.png")
 
 
 # ---- tools -------------------------------------------------------------------------------------
@@ -334,9 +337,9 @@ def test_two_checkpoints():
 def test_profile_ops(capsys):
     import profile_ops
 
-    model, before = pyengine.load(MODEL, threads=1), ops.lib
+    model = pyengine.load(MODEL, threads=1)
     seconds, parts = profile_ops.profile(model, [1], [[2, 3], [4]])
-    assert ops.lib is before
+    assert all(part.lib is lib for part in profile_ops.PARTS)
     assert {"pe_experts", "pe_matmul_shared_input", "pe_delta_rule"} <= set(parts)
     assert 0 < sum(parts.values()) < seconds
     profile_ops.report("all", seconds, parts, 2)
@@ -366,9 +369,10 @@ def test_matmuls_by_type(tmp_path, capsys):
     import profile_ops
 
     make_slice.write_slice(tmp_path / "a.gguf", SMALL, "Q8_0")
-    model, before = pyengine.load(tmp_path / "a.gguf", threads=1), ops.lib
+    model = pyengine.load(tmp_path / "a.gguf", threads=1)
     found, reading, left_out = profile_ops.speeds(model, 3, 1 << 20, 2, alone=lambda threads: 10.0)
-    assert ops.lib is before and reading == 10.0 and left_out == ["F32"]
+    assert all(part.lib is lib for part in profile_ops.PARTS)
+    assert reading == 10.0 and left_out == ["F32"]
     types = make_slice.slice_types(SMALL, "Q8_0")
     stored = sum(make_slice.file_bytes(*item) for item in types.items() if item[1] == "Q8_0")
     assert [(row.kind, row.nbytes) for row in found] == [("Q8_0", stored)]

@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 
 from pyengine.errors import CheckpointError, FileFormatError
 from pyengine.files import output
-from pyengine.files.safetensors import (
-    DTYPES,
-    INDEX_NAME,
-    SafetensorsDirectory,
-    SafetensorsFile,
-    SafetensorsWriter,
-)
+from pyengine.files.safetensors import DTYPES, INDEX_NAME, SafetensorsDirectory, SafetensorsFile
+from pyengine.files.safetensors_writer import SafetensorsWriter
 
 
 def file_bytes(header, data=b""):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pyengine.files.kld import LogProbsWriter
-from pyengine.files.safetensors import SafetensorsWriter
+from pyengine.files.safetensors_writer import SafetensorsWriter
 from pyengine.files.whole import open_whole, write_bytes, write_json, write_text
 
 

@@ -8,7 +8,8 @@ from paths import GOLDEN
 
 import pyengine
 from pyengine.errors import FileFormatError, InputError
-from pyengine.files.safetensors import DTYPES, SafetensorsWriter
+from pyengine.files.safetensors import DTYPES
+from pyengine.files.safetensors_writer import SafetensorsWriter
 from pyengine.oracle.bits import compare, compare_tensors
 from pyengine.oracle.trace import Trace, record_trace
 

@@ -13,7 +13,7 @@ import pyengine
 from pyengine import reference as ref
 from pyengine.cli import main
 from pyengine.errors import FileFormatError, InputError
-from pyengine.files.safetensors import SafetensorsWriter
+from pyengine.files.safetensors_writer import SafetensorsWriter
 from pyengine.oracle.budget import Budget, Error, measure
 from pyengine.oracle.formats import to_bfloat16, to_float16, to_int8_and_back
 from pyengine.oracle.judge import judge

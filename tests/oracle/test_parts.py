@@ -12,7 +12,7 @@ from peer import Peer
 
 import pyengine
 from pyengine.errors import FileFormatError, InputError
-from pyengine.files.safetensors import SafetensorsWriter
+from pyengine.files.safetensors_writer import SafetensorsWriter
 from pyengine.oracle.memories import memories, with_memories
 from pyengine.oracle.oracle import Oracle
 from pyengine.oracle.report.text import as_text

@@ -113,7 +113,7 @@ def ties(monkeypatch):
     want = record_trace(model, ids)
     verdicts = []
     for nearest in (half_even, half_away):
-        monkeypatch.setattr(ops, "quantize_activations", activation_quantizer(nearest))
+        monkeypatch.setattr(ops.products, "quantize_activations", activation_quantizer(nearest))
         verdicts.append(Oracle(want).verify(record_trace(model, ids)))
     return verdicts
 

@@ -9,7 +9,8 @@ from paths import GOLDEN
 
 from pyengine.checkpoint.open import open_checkpoint
 from pyengine.errors import CheckpointError, InputError
-from pyengine.files.safetensors import SafetensorsDirectory, SafetensorsWriter
+from pyengine.files.safetensors import SafetensorsDirectory
+from pyengine.files.safetensors_writer import SafetensorsWriter
 from pyengine.quantizer.compressed_tensors import FUSED, export_compressed_tensors, scales_of_groups
 from pyengine.quantizer.quantize import quantize
 

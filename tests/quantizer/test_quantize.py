@@ -33,7 +33,7 @@ from pyengine.core.threads import Pool, available_isas, select_isa
 from pyengine.errors import CheckpointError, InputError, PyengineError
 from pyengine.files.gguf import GGUF, dequantize
 from pyengine.files.numbers import float32_to_bfloat16
-from pyengine.files.safetensors import SafetensorsWriter
+from pyengine.files.safetensors_writer import SafetensorsWriter
 from pyengine.quantizer import quantize as quantize_module
 from pyengine.quantizer.quantize import quantize
 from pyengine.quantizer.quantize_pass import QuantizePass

@@ -33,7 +33,7 @@ LONG = {"prompt": "the end", "max_tokens": 1000, "ignore_eos": True}
 
 @pytest.fixture
 def often(monkeypatch):
-    monkeypatch.setattr("pyengine.server.app.PING_SECONDS", 0.05)
+    monkeypatch.setattr("pyengine.server.delivery.PING_SECONDS", 0.05)
 
 
 def test_a_stream_is_not_silent_while_its_prompt_is_read(address, slow_model, often):

@@ -351,8 +351,8 @@ def test_a_name_that_nearly_is_a_parameter(address, path, name, meant):
 
 def test_every_slip_of_the_hand_is_near():
     """One letter left out, doubled, or two exchanged."""
+    from pyengine.server.body import checked
     from pyengine.server.errors import ApiError
-    from pyengine.server.requests import checked
 
     for kind in kinds().values():
         for name in (n for n in kind.model_fields if len(n) > 5):

@@ -381,7 +381,7 @@ def test_errors_are_openais(address, path, body, status, param, message):
 
 
 def test_a_body_too_long(address, monkeypatch):
-    monkeypatch.setattr("pyengine.server.requests.LARGEST_BODY", 1000)
+    monkeypatch.setattr("pyengine.server.body.LARGEST_BODY", 1000)
     assert ask(address, "/v1/completions", {"prompt": "a" * 2000})[0] == 413
 
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from pyengine.checkpoint.open import open_checkpoint
 from pyengine.files.numbers import float32_to_bfloat16
-from pyengine.files.safetensors import INDEX_NAME, SafetensorsWriter
+from pyengine.files.safetensors import INDEX_NAME
+from pyengine.files.safetensors_writer import SafetensorsWriter
 
 EXPERTS = ".mlp.experts."
 

@@ -20,14 +20,15 @@ from pyengine.checkpoint.layout import pack_int4, unpack_int4
 from pyengine.checkpoint.tensor import Tensor
 from pyengine.core.threads import Pool, available_isas, select_isa
 from pyengine.errors import CheckpointError, InputError
-from pyengine.files.safetensors import SafetensorsDirectory, SafetensorsWriter
+from pyengine.files.safetensors import SafetensorsDirectory
+from pyengine.files.safetensors_writer import SafetensorsWriter
 from pyengine.quantizer.options import QuantizeOptions
 from pyengine.quantizer.quantize_pass import quantize_rows, source_rows
 from pyengine.quantizer.rule import encode, group_scales, quantize_groups
 from pyengine.quantizer.verify_files import verify_tensors
 from pyengine.testing import PROPERTIES, Format, check_quantizer
 from pyengine.testing.quantizer import strategies, suite
-from pyengine.testing.quantizer.properties import q8_0_values
+from pyengine.testing.quantizer.properties.stored import q8_0_values
 
 ALL = range(1, 22)
 CALIBRATED = range(22, 25)  # test_calibrated_suite.py has these

@@ -18,12 +18,13 @@ from pyengine.core import ops
 from pyengine.errors import FileFormatError, InputError, PyengineWarning
 from pyengine.quantizer.quantize import quantize
 from pyengine.text.answer import AnswerText, AnswerTokens
-from pyengine.text.generate import Generation, Token, generate
+from pyengine.text.generate import Generation, generate
 from pyengine.text.model import ContextError
 from pyengine.text.options import SAMPLING, GenerationOptions
-from pyengine.text.sampling import Sampler
+from pyengine.text.sampler import Sampler
 from pyengine.text.session import Session
 from pyengine.text.thinking import ThinkingText
+from pyengine.text.tokens import Token
 
 # ---- a model of known words: after id i comes id i + 1, most likely ----------------------------
 

@@ -58,7 +58,7 @@ def test_the_bits_of_free_answers_are_untouched(model, monkeypatch):
         seen.append(logits)
         return sample(self, logits)
 
-    monkeypatch.setattr("pyengine.text.sampling.Sampler.sample", watching)
+    monkeypatch.setattr("pyengine.text.sampler.Sampler.sample", watching)
     state = model.new_state()
     model.generate([5, 6], 3)
     assert np.array_equal(seen[0], model.forward([5, 6], state, last_only=True)[0])

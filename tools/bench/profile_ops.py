@@ -20,6 +20,8 @@ multiply-adds of scores and mix, and of one token the bytes of keys and values t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import inspect
 import statistics
 import time
 from collections import Counter
@@ -39,6 +41,7 @@ SEED = 1729
 BEYOND_CACHES, ENOUGH = 128 << 20, 1 << 30  # bytes of a type: the least that are timed, and the most
 ROUNDS = 5
 PROMPT_ROWS = 4096  # of a matrix, that a prompt is multiplied by
+PARTS = [part for part in vars(ops).values() if inspect.ismodule(part)]  # each calls the C core as its `lib`
 
 
 class Timed:
@@ -62,20 +65,34 @@ class Timed:
         return call
 
 
+@contextlib.contextmanager
+def timed():
+    """Every operation with a clock, as long as this lasts."""
+    before = PARTS[0].lib
+    clock = Timed(before)
+    for part in PARTS:
+        part.lib = clock
+    try:
+        yield clock
+    finally:
+        for part in PARTS:
+            part.lib = before
+
+
 def profile(model, ids, passes) -> tuple[float, Counter]:
     """Seconds of all the passes, and of them in each operation; passes: lists of ids, one state."""
-    timed = ops.lib = Timed(ops.lib)
     model.replays = False  # a replay is one call
     state = model.new_state()
     try:
-        model.forward(ids, state, last_only=True)
-        timed.seconds.clear()
-        start = time.perf_counter()
-        for piece in passes:
-            model.forward(piece, state, last_only=True)
-        return time.perf_counter() - start, timed.seconds
+        with timed() as clock:
+            model.forward(ids, state, last_only=True)
+            clock.seconds.clear()
+            start = time.perf_counter()
+            for piece in passes:
+                model.forward(piece, state, last_only=True)
+            return time.perf_counter() - start, clock.seconds
     finally:
-        ops.lib, model.replays = timed._lib, True
+        model.replays = True
 
 
 def in_turn(model, ids, passes, rounds=6) -> dict[bool, float]:
@@ -137,14 +154,11 @@ def seconds_of(pool, matrices: list[Matrix], tokens: int) -> float:
     rng = np.random.default_rng(SEED)
     widths = {matrix.cols for matrix in matrices}
     inputs = {cols: ops.Activations(pool, rng.standard_normal((tokens, cols), np.float32)) for cols in widths}
-    timed = ops.lib = Timed(ops.lib)
-    try:
+    with timed() as clock:
         for matrix in matrices:
             for expert in range(matrix.experts):
                 ops.matmul(pool, matrix, inputs[matrix.cols], expert)
-    finally:
-        ops.lib = timed._lib
-    return timed.seconds["pe_matmul"]
+    return clock.seconds["pe_matmul"]
 
 
 def some_rows(matrix: Matrix, rows: int = PROMPT_ROWS) -> Matrix:

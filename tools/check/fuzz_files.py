@@ -469,17 +469,18 @@ class Json(Target):
         from pyengine.checkpoint import provenance
         from pyengine.checkpoint.config import Config
         from pyengine.files import strict_json
-        from pyengine.text import tokenizer
+        from pyengine.text import directory_vocabulary
 
-        self.json, self.provenance, self.tokenizer, self.Config = strict_json, provenance, tokenizer, Config
+        self.json, self.provenance, self.Config = strict_json, provenance, Config
+        self.vocabulary = directory_vocabulary
 
     def run(self, data):
         self.json.map_file = lambda path: data if data else _empty(path)
         said = self.json.read_object("fuzz.json", constants=True)
         _allowed(self.Config.from_hf, said)
         _allowed(self.provenance.read, "fuzz")
-        _allowed(self.tokenizer._family_json, "fuzz.json")
-        _allowed(self.tokenizer._directory_bos, Path("fuzz.json"), said, said, 100)
+        _allowed(self.vocabulary.family_json, "fuzz.json")
+        _allowed(self.vocabulary.directory_bos, Path("fuzz.json"), said, said, 100)
         self.json.read_object("fuzz.json")
 
 

@@ -26,7 +26,8 @@ from rewrite import rewrite
 import pyengine
 from pyengine.files.ggml_blocks import ROWS
 from pyengine.files.gguf import GGUF
-from pyengine.files.safetensors import DTYPES, SafetensorsFile, SafetensorsWriter
+from pyengine.files.safetensors import DTYPES, SafetensorsFile
+from pyengine.files.safetensors_writer import SafetensorsWriter
 from pyengine.oracle.trace import Trace, record_trace
 from pyengine.quantizer.quantize import quantize
 from pyengine.text.gguf_vocabulary import tokenizer_json

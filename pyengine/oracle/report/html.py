@@ -10,20 +10,7 @@ from pathlib import Path
 from ..verdict import OK, Verdict
 from . import heat_map
 from .equations import equations_of
-from .summary import (
-    HEAD,
-    WORDS,
-    added_lines,
-    cells,
-    findings,
-    flip_lines,
-    floor_lines,
-    headline,
-    left_out,
-    legend,
-    logits_lines,
-    printable,
-)
+from .summary import HEAD, WORDS, added_lines, cells, flip_lines, headline, legend, printable, sentences
 
 FLIPS = 200  # shown
 _TEMPLATE = Path(__file__).with_name("verdict.html")
@@ -94,8 +81,7 @@ def _verdict(verdict, files) -> str:
     named = ", ".join(f"{what} <code>{_text(path)}</code>" for what, path in files.items())
     if named:
         lines.append(f"<p class=soft>{named}</p>")
-    said = [*left_out(verdict), *floor_lines(verdict), *findings(verdict), *logits_lines(verdict)]
-    return "\n".join([*lines, _paragraphs(said)]) + "\n"
+    return "\n".join([*lines, _paragraphs(sentences(verdict, detail=False))]) + "\n"
 
 
 def _next(verdict) -> str:

@@ -5,19 +5,7 @@ from __future__ import annotations
 import re
 
 from ..verdict import GUILTY, OK, SUSPECT, Verdict
-from .summary import (
-    HEAD,
-    ROWS,
-    cells,
-    findings,
-    flip_lines,
-    floor_lines,
-    headline,
-    left_out,
-    legend,
-    logits_lines,
-    printable,
-)
+from .summary import HEAD, ROWS, cells, flip_lines, headline, legend, printable, sentences
 
 
 def as_markdown(verdict: Verdict) -> str:
@@ -29,16 +17,7 @@ def as_markdown(verdict: Verdict) -> str:
         _escaped(headline(verdict)),
         "",
     ]
-    lines += [
-        f"- {_escaped(line)}"
-        for line in [
-            *left_out(verdict),
-            *_detail(verdict),
-            *floor_lines(verdict),
-            *findings(verdict),
-            *logits_lines(verdict),
-        ]
-    ]
+    lines += [f"- {_escaped(line)}" for line in sentences(verdict)]
     lines += [f"- {_escaped(line.strip())}" for line in flip_lines(verdict)]
     rows = [row for row in verdict.rows if row.status != OK]
     if rows:
@@ -50,11 +29,6 @@ def as_markdown(verdict: Verdict) -> str:
             lines += ["", f"... and {len(rows) - len(shown)} more (`pyengine verify --all` shows them)."]
         lines += ["", *(f"{_escaped(line)}.  " for line in legend(verdict, shown))]
     return "\n".join(lines) + "\n"
-
-
-def _detail(verdict):
-    shown = verdict.accused or verdict.first
-    return [shown.detail] if shown is not None and shown.detail else []
 
 
 def _escaped(text: str) -> str:

@@ -54,6 +54,13 @@ def _hardly_a_check(verdict) -> str:
     return ""
 
 
+def sentences(verdict: Verdict, detail: bool = True) -> list[str]:
+    """What is to be said of it, one line each; detail: also the elements of the tensor that is off."""
+    shown = verdict.accused or verdict.first
+    details = [shown.detail] if detail and shown is not None and shown.detail else []
+    return [*left_out(verdict), *details, *floor_lines(verdict), *findings(verdict), *logits_lines(verdict)]
+
+
 def left_out(verdict) -> list[str]:
     """The tensors that were not compared, and those that no compared tensor depends on."""
     lines = []

@@ -4,28 +4,12 @@ from __future__ import annotations
 
 from ...tables import table
 from ..verdict import OK, Verdict
-from .summary import (
-    HEAD,
-    ROWS,
-    added_lines,
-    cells,
-    findings,
-    flip_lines,
-    floor_lines,
-    headline,
-    left_out,
-    legend,
-    logits_lines,
-)
+from .summary import HEAD, ROWS, added_lines, cells, flip_lines, headline, legend, sentences
 
 
 def as_text(verdict: Verdict, every: bool = False) -> str:
     """The headline, the first tensor that is off, and a table of those that are not ok (or of every one)."""
-    lines = [headline(verdict), *left_out(verdict)]
-    shown = verdict.accused or verdict.first
-    if shown is not None and shown.detail:
-        lines.append(shown.detail)
-    lines += floor_lines(verdict) + findings(verdict) + logits_lines(verdict) + flip_lines(verdict)
+    lines = [headline(verdict), *sentences(verdict), *flip_lines(verdict)]
     if verdict.added is not None:
         lines += ["", *added_lines(verdict)]
     rows = verdict.rows if every else [row for row in verdict.rows if row.status != OK]

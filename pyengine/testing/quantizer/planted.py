@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from .names import Name
-from .properties import Subject
+from .subject import Subject
 
 
 def broken(subject: Subject, number: Name) -> Subject:

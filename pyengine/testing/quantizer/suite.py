@@ -18,7 +18,8 @@ from ...seed import SEED
 from . import planted as faults
 from .format import Format
 from .names import Name, property_of
-from .properties import PROPERTIES, Fault, Property, Subject, merged
+from .properties import PROPERTIES, Property, merged
+from .subject import Fault, Subject
 
 SELF_CHECK = Name.SELF_CHECK
 SELF_CHECK_TITLE = "the suite can fail"
