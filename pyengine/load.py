@@ -32,8 +32,8 @@ def load(
     check       read every weight scale once and refuse a NaN or infinity, naming the tensor; an expert's
                 when the expert is read for the first time, if not all of them stay in memory
     memory      bytes for the weights, of the locked arithmetic; None: what is available, less the state of
-                `context` tokens.  Routed experts that do not fit are read when they are chosen: decoder/
-                residency.py.  It changes no bit.
+                `context` tokens; where not all fit, a tenth is left to other programs.  Routed experts that
+                do not fit are read when they are chosen: decoder/residency.py.  It changes no bit.
 
     The model has `forward(ids, state=None) -> logits [T, vocab] float32`, `new_state()`, `config`, and
     `generate(prompt or messages)` (generate.py).

@@ -36,7 +36,7 @@ def add_commands(commands):
         type=_memory_or_model,
         metavar="SIZE",
         help="the memory that a sequence takes beside the weights, in bytes; and which weights stay in "
-        "memory, if they may take SIZE (default: what is available, less the state)",
+        "memory, if they may take SIZE (default: as `--memory` of generate)",
     )
     parser.add_argument(
         "-c",

@@ -106,7 +106,8 @@ def add_memory(parser):
         type=memory_size,
         metavar="SIZE",
         help="memory for the weights, such as 16G; experts that do not fit are read from the file when they "
-        "are chosen; it changes no bit (default: what is available, less the state)",
+        "are chosen; it changes no bit (default: what is available, less the state; where not all fit, nine "
+        "tenths of that)",
     )
 
 

@@ -53,6 +53,9 @@ EMBEDDING = "model.embed_tokens.weight"  # a token reads one row
 # a state grows beyond that, but no slots of experts.
 CONTEXT_MAPPED, CONTEXT_READ = 8192, 32768
 SPARE = 256 << 20  # bytes for Python, NumPy, the vocabulary and the embedding's rows
+# Of what is available, slots leave one part in so many to other programs.  When memory is short, the system
+# drops mapped weights; it cannot drop slots, and ends the process (seen on 24 GiB, beside a type checker).
+LEFT = 10
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,8 @@ def plan_memory(
 ) -> MemoryPlan | None:
     """The plan for at most `memory` bytes of weights; None: all of them stay in memory.
 
-    memory   None: what is available, less the state of `context` tokens: of 32,768, unless given, or of 8192
-             if all weights fit beside it
+    memory   None: what is available, less the state of `context` tokens.  All weights fit beside the state of
+             8192, unless given; or a tenth is left to others, and the state is that of 32,768, unless given
     Errors: InputError, less memory than what every token uses and the experts of one token.
     """
     always = weights_always_used(checkpoint)
@@ -133,7 +136,7 @@ def _plan_of_available(checkpoint, always, experts, context, chunk, arithmetic) 
     available = available_memory() - SPARE
     if not experts or always + experts <= beside_state(context or CONTEXT_MAPPED):
         return None
-    memory = beside_state(context or CONTEXT_READ)
+    memory = beside_state(context or CONTEXT_READ) - available // LEFT
     try:
         enough = always + least_for_experts(checkpoint) <= memory
     except InputError:  # weights that are not in the file as the engine reads them

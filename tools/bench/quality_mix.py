@@ -4,11 +4,11 @@
         [--scale mse] [--calibration STATS] [--from DIR8 DIR4] [--anew] [-c 512] [--chunks N] [-t N]
 
 A unit is one layer's attention, delta net, router or shared expert, or one of its two stacks of routed
-experts.  Each unit alone is made INT4 among units in INT8, and what that costs is measured on TEXT2 (or TEXT).
-(Not the other way round: the codes of calibrated INT4 units make up for each other's errors, so that one of
-them in INT8 can be worse than none.)  Units are ranked by cost for each byte, and the fewest of the first ones
-that reach the goal on TEXT are found by halving.  Of these, each that the goal does not need goes back, the
-largest first.  That no other set is smaller is not shown.
+experts.  Each unit alone is made INT4 among units in INT8, and what that costs is measured on TEXT2 (or
+TEXT).  (Not the other way round: the codes of calibrated INT4 units make up for each other's errors, so that
+one of them in INT8 can be worse than none.)  Units are ranked by cost for each byte, and the fewest of the
+first ones that reach the goal on TEXT are found by halving.  Of these, each that the goal does not need goes
+back, the largest first.  That no other set is smaller is not shown.
 
 Parameters come from an INT8 and an INT4 checkpoint of one method: written first, or --from directories.  With
 --calibration that is so for the ranking alone: rounding depends on the other bits, and every set that is
