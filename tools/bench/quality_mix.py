@@ -1,13 +1,14 @@
-"""The smallest mix of INT8 and INT4 that reaches a goal, by KL divergence gained for each byte.
+"""The smallest mix of INT8 and INT4 that reaches a goal, by KL divergence saved for each byte.
 
     python tools/bench/quality_mix.py MODEL-BF16.gguf -f TEXT [--rank-on TEXT2] [--same 98] [--kld 1.8e-3]
         [--scale mse] [--calibration STATS] [--from DIR8 DIR4] [--anew] [-c 512] [--chunks N] [-t N]
 
 A unit is one layer's attention, delta net, router or shared expert, or one of its two stacks of routed
-experts.  Everything begins in INT4.  Each unit alone is made INT8, and what that gains is measured on TEXT2
-(or TEXT).  Units are ranked by gain for each byte, and the fewest of the first ones that reach the goal on
-TEXT are found by halving.  Of these, each that the goal does not need goes back, the largest first.  That no
-other set is smaller is not shown.
+experts.  Each unit alone is made INT4 among units in INT8, and what that costs is measured on TEXT2 (or TEXT).
+(Not the other way round: the codes of calibrated INT4 units make up for each other's errors, so that one of
+them in INT8 can be worse than none.)  Units are ranked by cost for each byte, and the fewest of the first ones
+that reach the goal on TEXT are found by halving.  Of these, each that the goal does not need goes back, the
+largest first.  That no other set is smaller is not shown.
 
 Parameters come from an INT8 and an INT4 checkpoint of one method: written first, or --from directories.  With
 --calibration that is so for the ranking alone: rounding depends on the other bits, and every set that is
@@ -91,11 +92,12 @@ class Search:
             for name, tensor in self.int4.tensors.items()
         }
 
-    def gains(self, chunks, advance) -> dict[str, float]:
-        """Of each unit alone in INT8: KL divergence less, for each byte more."""
-        before, *costs = self._costs([[], *([unit] for unit in self.units)], chunks, advance)
+    def savings(self, chunks, advance) -> dict[str, float]:
+        """Of each unit, the others in INT8: what INT8 saves in KL divergence, for each byte more."""
+        without = [[one for one in self.units if one != unit] for unit in self.units]
+        whole, *costs = self._costs([self.units, *without], chunks, advance)
         return {
-            unit: (before.kld.value - cost.kld.value) / (cost.nbytes - before.nbytes)
+            unit: (cost.kld.value - whole.kld.value) / (whole.nbytes - cost.nbytes)
             for unit, cost in zip(self.units, costs)
         }
 
@@ -133,8 +135,8 @@ Steps = list[tuple[str, Cost]]
 
 def search(found: Search, chunks, rank_chunks, reached, bar) -> tuple[list[str], Steps]:
     """-> the units that are INT8, and what was measured on the way, the result last."""
-    gains = found.gains(rank_chunks, bar.update)
-    ranked = sorted(found.units, key=gains.__getitem__, reverse=True)
+    savings = found.savings(rank_chunks, bar.update)
+    ranked = sorted(found.units, key=savings.__getitem__, reverse=True)
     steps: Steps = []
 
     def measured(units: list[str], what: str) -> Cost:
@@ -239,7 +241,7 @@ def _options(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="MODEL-BF16.gguf")
     parser.add_argument("-f", "--file", metavar="TEXT", required=True)
-    parser.add_argument("--rank-on", metavar="TEXT2", help="gains are measured on this text (default: TEXT)")
+    parser.add_argument("--rank-on", metavar="TEXT2", help="units are ranked on this text (default: TEXT)")
     parser.add_argument("--same", type=float, default=98.0, metavar="PERCENT")
     parser.add_argument("--kld", type=float, default=1e9, metavar="NATS")
     parser.add_argument("--scale", default="mse", help="as of `pyengine quantize` (default: mse)")
