@@ -10,6 +10,7 @@ void pe_fill_scalar_norm(pe_kernels *k);
 void pe_fill_scalar_causal_conv1d(pe_kernels *k);
 void pe_fill_scalar_delta_rule(pe_kernels *k);
 void pe_fill_scalar_attention(pe_kernels *k);
+void pe_fill_scalar_compensate(pe_kernels *k);
 
 void pe_fill_scalar(pe_kernels *k)
 {
@@ -21,6 +22,7 @@ void pe_fill_scalar(pe_kernels *k)
     pe_fill_scalar_causal_conv1d(k);
     pe_fill_scalar_delta_rule(k);
     pe_fill_scalar_attention(k);
+    pe_fill_scalar_compensate(k);
 #define PE_TYPE_FILE(type) PE_FILL_TYPE(scalar, type, k)
     PE_TYPE_FILES
 }

@@ -57,6 +57,34 @@ typedef struct {
     float *delta; /* scratch [dv], for levels that do not keep delta in registers */
 } pe_delta_head;
 
+/* pe_add_products. */
+typedef struct {
+    const double *a, *b;
+    int64_t tokens, m, n;
+    int32_t lower;
+    double *out;
+} pe_products;
+
+/* Columns of pe_factor whose products are subtracted from the rest in one go. */
+#define PE_PANEL 64
+
+/* Columns [k0, k1) of pe_factor. */
+typedef struct {
+    double *h;
+    int64_t n, k0, k1;
+    double u[PE_PANEL * PE_PANEL]; /* u[j, k] of the panel's own rows at [k * PE_PANEL + j] */
+} pe_panel;
+
+/* pe_round_weights. */
+typedef struct {
+    const float *w;
+    const double *b, *f, *d;
+    int64_t rows, n, group;
+    int32_t largest;
+    int8_t *codes;
+    uint16_t *scales;
+} pe_rounding;
+
 typedef struct pe_kernels {
     const char *name;
 
@@ -106,6 +134,20 @@ typedef struct pe_kernels {
                           int64_t ld, int64_t keys, int64_t n, float *const *out);
     /* n halves to float32. */
     void (*load_f16)(const uint16_t *half, int64_t n, float *x);
+
+    /* Rows [row0, row1) of out. */
+    void (*products_rows)(const pe_products *p, int64_t row0, int64_t row1);
+    /* sums[j0, j1) of pe_add_squares. */
+    void (*squares_columns)(const float *x, int64_t tokens, int64_t n, int64_t j0, int64_t j1,
+                            double *sums);
+    /* Of rows [row0, row1) below the panel: v in its columns, and u beside it. */
+    void (*factor_rows)(const pe_panel *f, int64_t row0, int64_t row1);
+    /* Their columns behind the panel, up to the diagonal, less the panel's terms. */
+    void (*subtract_panel)(const pe_panel *f, int64_t row0, int64_t row1);
+    /* Rows [row0, row0 + rows_rounded) of pe_round_weights, as far as there are; PE_OK or
+     * PE_ERROR_NONFINITE.  memory: scratch [2 n + 2 group, rows_rounded], 64-byte aligned. */
+    int64_t rows_rounded;
+    int32_t (*round_rows)(const pe_rounding *r, int64_t row0, double *memory);
 } pe_kernels;
 
 /* Rows are shared out in multiples of this, the height of the tallest tile. */

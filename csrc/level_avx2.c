@@ -2,6 +2,7 @@
 #include "activations_x86.h"
 #include "attention_x86.h"
 #include "causal_conv1d_avx2.h"
+#include "compensate_steps.h"
 #include "delta_rule_x86.h"
 #include "matmul_avx2.h"
 #include "norm_avx2.h"
@@ -13,6 +14,7 @@ void pe_fill_avx2(pe_kernels *k)
     fill_activations(k);
     fill_attention(k);
     fill_causal_conv1d(k);
+    fill_compensate(k);
     fill_delta_rule(k);
     fill_matmul(k);
     fill_norm(k);

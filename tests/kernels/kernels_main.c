@@ -778,10 +778,16 @@ static double *doubles(int64_t n, int is_output)
 
 static int32_t add_products(pe_pool *pool, int index)
 {
+    const int lower = index % 3 == 2;
     const int64_t tokens = index % 5 ? random_int(0, 20) : 300;
-    const int64_t n = random_int(1, 70), m = random_int(1, 70);
-    const double *a = doubles(tokens * m, 0), *b = doubles(tokens * n, 0);
-    return pe_add_products(pool, a, b, tokens, m, n, 0, doubles(m * n, 1));
+    const int64_t n = random_int(1, index % 4 ? 70 : 150), m = lower ? n : random_int(1, 150);
+    const double *a = doubles(tokens * m, 0), *b = lower ? a : doubles(tokens * n, 0);
+    double *out = doubles(m * n, 1);
+    const int32_t status = pe_add_products(pool, a, b, tokens, m, n, lower, out);
+    for (int64_t i = 0; lower && i < n; i++) /* the part that is undefined */
+        for (int64_t j = i + 1; j < n; j++)
+            out[i * n + j] = 0.0;
+    return status;
 }
 
 static int32_t add_squares(pe_pool *pool, int index)
@@ -805,13 +811,13 @@ static double *random_moments(int64_t n)
 
 static int32_t factor(pe_pool *pool, int index)
 {
-    const int64_t n = index + 1;
+    const int64_t n = index % 10 ? index + 1 : index + 71;
     return pe_factor(pool, random_moments(n), n);
 }
 
 static int32_t round_weights(pe_pool *pool, int index)
 {
-    const int64_t n = random_int(1, 80), rows = random_int(1, 40), group = random_int(1, 40);
+    const int64_t n = random_int(1, 80), rows = random_int(1, 70), group = random_int(1, 40);
     const int32_t largest = index % 2 ? 7 : 127;
     double *h = random_moments(n), *d = doubles(n, 0);
     for (int64_t i = 0; i < n; i++)

@@ -5,15 +5,20 @@
 
 import numpy as np
 import pytest
+from bits import assert_same_bits
 from guard import PLACEMENTS, Memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_runs import ARGUMENT, NONFINITE, POOLS, ffi, lib, pointer, succeed
+from kernel_runs import ARGUMENT, LEVELS, NONFINITE, POOLS, level, lib, pointer, succeed
 from moments import factored, moments, normal
 
 from pyengine.core import rounding
 from pyengine.core.threads import Pool
 from pyengine.errors import InputError, NonFiniteError
+
+# n, rows, group_size: one of everything; no whole tile; whole ones alone; a panel of pe_factor and a bit;
+# more rows than the strips have.
+SHAPES = [(1, 1, 16), (8, 32, 8), (37, 18, 16), (64, 64, 128), (70, 33, 7), (150, 69, 50)]
 
 
 def test_a_tie_and_a_zero_group():
@@ -57,38 +62,56 @@ def test_a_correction_is_a_least_squares_solution():
 # ---- memory and arguments ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("n", [1, 8, 37])
-def test_memory(placement, n):
-    """Nothing is read or written outside the arrays."""
-    for pool in POOLS.values():
-        memory = Memory(placement)
-        a, h = memory.input(normal(1, 5, n)), memory.in_out(moments(n))
-        out = memory.in_out(np.zeros((n, n)))
-        place = pointer(a, "double *")
-        succeed(lib.pe_add_products(pool, place, place, 5, n, n, 0, pointer(out, "double *")))
-        x, sums = memory.input(normal(2, 5, n).astype(np.float32)), memory.in_out(np.zeros(n))
-        succeed(lib.pe_add_squares(pool, pointer(x), 5, n, pointer(sums, "double *")))
-        succeed(lib.pe_factor(pool, pointer(h, "double *"), n))
-        w, b = memory.input(normal(3, 18, n).astype(np.float32)), memory.input(normal(4, 18, n))
-        codes = memory.output((18, n), np.int8)
-        scales = memory.output((18, -(-n // 16)), np.uint16)
+def every_operation(pool, memory, n, rows, group):
+    """-> what each gives, in arrays that nothing lies beside."""
+    a, b = memory.input(normal(1, 5, n)), memory.input(normal(5, 5, rows))
+    h, square, out = memory.in_out(moments(n)), np.zeros((n, n)), memory.in_out(np.zeros((n, rows)))
+    square = memory.in_out(square)
+    for left, right, shape, lower, into in ((a, b, (n, rows), 0, out), (a, a, (n, n), 1, square)):
+        arguments = pointer(left, "double *"), pointer(right, "double *"), 5, *shape, lower
+        succeed(lib.pe_add_products(pool, *arguments, pointer(into, "double *")))
+    x, sums = memory.input(normal(2, 5, n).astype(np.float32)), memory.in_out(np.zeros(n))
+    succeed(lib.pe_add_squares(pool, pointer(x), 5, n, pointer(sums, "double *")))
+    succeed(lib.pe_factor(pool, pointer(h, "double *"), n))
+    w, b = memory.input(normal(3, rows, n).astype(np.float32)), memory.input(normal(4, rows, n))
+    results = [out, np.tril(square), sums, h]
+    weights = memory.input(np.exp(normal(6, n)))
+    for correction, factors, diagonal in ((b, h, None), (None, h, None), (None, None, weights)):
+        codes = memory.output((rows, n), np.int8)
+        scales = memory.output((rows, -(-n // group)), np.uint16)
         succeed(
             lib.pe_round_weights(
                 pool,
                 pointer(w),
-                pointer(b, "double *"),
-                pointer(h, "double *"),
-                ffi.NULL,
-                18,
+                pointer(correction, "double *"),
+                pointer(factors, "double *"),
+                pointer(diagonal, "double *"),
+                rows,
                 n,
-                16,
+                group,
                 7,
                 pointer(codes, "int8_t *"),
                 pointer(scales, "uint16_t *"),
             )
         )
-        memory.check()
+        results += [codes, scales]
+    return results
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("n, rows, group", SHAPES)
+def test_levels_and_memory(placement, n, rows, group):
+    """The scalar level's bits on every level; nothing is read or written outside the arrays."""
+    expected = None
+    for name in LEVELS:
+        for pool in POOLS.values():
+            memory = Memory(placement)
+            with level(name):
+                got = every_operation(pool, memory, n, rows, group)
+            memory.check()
+            expected = expected or [array.copy() for array in got]
+            for i, (one, other) in enumerate(zip(got, expected, strict=True)):
+                assert_same_bits(one, other, f"{name}, output {i}")
 
 
 def test_what_is_refused():

@@ -1,8 +1,9 @@
-"""csrc/compensate.c against its contracts, restated in PyTorch: every bit, any threads, any split."""
+"""csrc/compensate.c against its contracts, restated in PyTorch: every bit, any level, threads, split."""
 
 import numpy as np
 import pytest
 from bits import assert_same_bits
+from kernel_runs import LEVELS, level
 from moments import factored, moments, normal
 
 from pyengine.core import rounding
@@ -15,6 +16,12 @@ import compensate_torch  # noqa: E402
 pytestmark = pytest.mark.golden
 
 SIZES = [1, 2, 7, 8, 9, 31, 33, 65]
+
+
+@pytest.fixture(params=LEVELS, autouse=True)
+def on_level(request):
+    with level(request.param):
+        yield
 
 
 def restated_factors(made_of):
@@ -46,7 +53,7 @@ def test_squares(n):
     assert_same_bits(sums, compensate_torch.squares(torch.from_numpy(x)).numpy())
 
 
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("n", [*SIZES, 131])
 def test_factors(n):
     h = moments(n)
     wanted, v, u, d = restated_factors(h)
@@ -59,7 +66,7 @@ def test_factors(n):
 
 
 @pytest.mark.parametrize("largest", [127, 7])
-@pytest.mark.parametrize("rows, n, group", [(1, 1, 128), (17, 20, 8), (33, 50, 16), (5, 9, 4)])
+@pytest.mark.parametrize("rows, n, group", [(1, 1, 128), (17, 20, 8), (33, 50, 16), (5, 9, 4), (64, 70, 32)])
 def test_rounding(rows, n, group, largest):
     w = normal(rows, rows, n).astype(np.float32)
     w[0] = 0
