@@ -42,8 +42,10 @@ def test_a_table():
         name: [full.row_of(t, 2, [one], 1e9) for t in full.tests_of(8, 2)] for name, one in engines.items()
     }
     report = {"model": "a.gguf", "bytes": 1, "processor": "p", "threads": 2, "limit": 1 << 30, "rounds": 1}
-    lines = full.as_markdown(report | {"disk_bytes_per_second": 1e9, "engines": rows}).splitlines()
-    assert "memory: 1.07 GB; disk: 1.00 GB/s" in lines[0]
+    lines = full.as_markdown(
+        report | {"disk_bytes_per_second": 1e9, "disk_samples": [1e9, 5e8, 2e9], "engines": rows}
+    ).splitlines()
+    assert "memory: 1.07 GB; disk: 1.00 GB/s in random places (0.50 - 2.00)" in lines[0]
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert table[2] == ["pp8 cold", "pyengine", "2.00 (2.00 - 2.00)", "", "1.5", "1.0", "50.0%", "0%"]
     assert table[3] == ["pp8 cold", "llama.cpp", "0.50 (0.50 - 0.50)", "4.00", "4.0", "", "", ""]
@@ -102,5 +104,6 @@ def test_a_small_run(tmp_path):
     report = json.loads(done.stdout)
     rows = report["engines"]["pyengine"]
     assert [row["test"] for row in rows] == ["pp16 cold", "tg4", "pp16 warm"]
-    assert report["disk_bytes_per_second"] > 0 and all(row["hit_rate"] is None for row in rows)
+    assert report["disk_bytes_per_second"] > 0 and len(report["disk_samples"]) == 3
+    assert all(row["hit_rate"] is None for row in rows)
     assert len(rows[0]["samples"]) == 2

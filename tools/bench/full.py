@@ -14,7 +14,8 @@ traffic prefers some.
 read: bytes that the system read from the disk for the process.  missed: bytes of the experts that a router
 chose and that were not in memory.  of the disk: the rate of the missed bytes, over the whole time of the
 test, as a share of what the disk gives: the file itself, in random places, pieces of one expert's matrix,
-8 at a time, past the page cache, before the first round.
+8 at a time, past the page cache.  That is measured before each engine starts and at the end, and its median
+counts: many a disk gives twice as much in its first seconds as later.
 
 --limit gives the processes a memory cgroup (root); where there are none, a process of its own locks the
 memory that is above the limit for as long as the run takes.
@@ -177,14 +178,17 @@ def tests_of(prompt: int, gen: int) -> dict[str, dict]:
     return tests | ({f"pp{prompt} warm": {"prompt": prompt, "gen": 0}} if prompt else {})
 
 
-def run(options, engines: list[str]) -> dict[tuple[str, str], list[dict]]:
-    """{(engine, test): the answers of its rounds}"""
+def run(options, engines: list[str]) -> tuple[dict[tuple[str, str], list[dict]], list[float]]:
+    """{(engine, test): the answers of its rounds}, and the disk's rates beside them."""
     files, tests = files_of(options.model), tests_of(options.prompt, options.gen)
+    largest, piece = max(files, key=lambda path: path.stat().st_size), matrix_bytes(options.model)
     answers: dict[tuple[str, str], list[dict]] = {}
+    rates = []
     with limited(options.limit) as before:
         for _ in range(options.rounds):
             for engine in engines:
                 leave_page_cache(files)
+                rates.append(disk_rate(largest, piece))
                 worker = Worker(
                     engine, str(options.model), max(options.prompt, options.gen) + BATCH, engine, before
                 )
@@ -193,7 +197,7 @@ def run(options, engines: list[str]) -> dict[tuple[str, str], list[dict]]:
                         worker.measure(threads=options.threads, **sizes)
                     )
                 worker.close()
-    return answers
+    return answers, [*rates, disk_rate(largest, piece)]
 
 
 def row_of(test: str, tokens: int, answers: list[dict], disk: float) -> dict:
@@ -222,7 +226,8 @@ def row_of(test: str, tokens: int, answers: list[dict], disk: float) -> dict:
     return row
 
 
-def report_of(options, engines: list[str], answers, disk: float) -> dict:
+def report_of(options, engines: list[str], answers, rates: list[float]) -> dict:
+    disk = statistics.median(rates)
     tokens = {
         name: test["prompt"] + test["gen"] for name, test in tests_of(options.prompt, options.gen).items()
     }
@@ -233,6 +238,7 @@ def report_of(options, engines: list[str], answers, disk: float) -> dict:
         "threads": options.threads,
         "limit": options.limit,
         "disk_bytes_per_second": disk,
+        "disk_samples": rates,
         "rounds": options.rounds,
         "engines": {
             engine: [row_of(test, tokens[test], answers[engine, test], disk) for test in tokens]
@@ -276,7 +282,8 @@ def as_markdown(report: dict) -> str:
         [
             f"{report['model']}, {report['bytes'] / 1e9:.1f} GB; {report['processor']}, "
             f"{report['threads']} threads; memory: {limit}; "
-            f"disk: {report['disk_bytes_per_second'] / 1e9:.2f} GB/s in random places; "
+            f"disk: {report['disk_bytes_per_second'] / 1e9:.2f} GB/s in random places "
+            f"({min(report['disk_samples']) / 1e9:.2f} - {max(report['disk_samples']) / 1e9:.2f}); "
             f"medians of {report['rounds']} rounds",
             "",
             *markdown_table(table, "<<" + ">" * (len(titles) - 2)),
@@ -324,15 +331,12 @@ def main() -> int:
         engines = ["pyengine", *(peers_of(options.peers) if options.peers != [] else [])]
         if not options.model.exists():
             make_file(options.model, options.layers, options.vocab, options.type)
-        files = files_of(options.model)
-        leave_page_cache(files)
-        disk = disk_rate(max(files, key=lambda path: path.stat().st_size), matrix_bytes(options.model))
         with Others() as others:
-            answers = run(options, engines)
+            answers, rates = run(options, engines)
     except (ValueError, OSError, PyengineError) as error:
         print(f"full: {error}", file=sys.stderr)
         return 2
-    report = report_of(options, engines, answers, disk)
+    report = report_of(options, engines, answers, rates)
     print(json.dumps(report, indent=2) if options.json else as_markdown(report))
     own = sum(os.times()[2:4])  # of the engines, which have ended
     warn(others.seconds - own if others.seconds is not None else None, others.wall, "during the run")
