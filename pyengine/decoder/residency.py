@@ -163,7 +163,9 @@ def with_dense_weights_kept(checkpoint: Checkpoint) -> Checkpoint:
     }
     parts = {id(part): part for tensor in kept.values() for part in (tensor, *tensor.stored)}.values()
     arrays = {id(array): array for part in parts for array in (part.data, part.scales) if array is not None}
-    room = mmap.mmap(-1, sum(_aligned(array.nbytes) for array in arrays.values()))
+    # Private: memory that could be shared has no large pages on most systems.
+    size = sum(_aligned(array.nbytes) for array in arrays.values())
+    room = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):
         room.madvise(mmap.MADV_HUGEPAGE)
     copies, at = {}, 0
