@@ -41,7 +41,8 @@ SEED = 1729
 BEYOND_CACHES, ENOUGH = 128 << 20, 1 << 30  # bytes of a type: the least that are timed, and the most
 ROUNDS = 5
 PROMPT_ROWS = 4096  # of a matrix, that a prompt is multiplied by
-PARTS = [part for part in vars(ops).values() if inspect.ismodule(part)]  # each calls the C core as its `lib`
+# The files of operations; each calls the C core as its `lib`.
+PARTS = [part for part in vars(ops).values() if inspect.ismodule(part) and hasattr(part, "lib")]
 
 
 class Timed:
