@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import odd_model
 import pytest
 from gguf.constants import GGUFValueType as V
 from hf_directory import hf_tensors, write_single
@@ -13,7 +14,7 @@ from rewrite import rewrite
 
 import pyengine
 from pyengine.checkpoint import families
-from pyengine.checkpoint.config import FULL, LINEAR, Config
+from pyengine.checkpoint.config import Config
 from pyengine.checkpoint.families import FAMILIES, model_specs
 from pyengine.checkpoint.families.family import Spec
 from pyengine.checkpoint.families.qwen35 import QWEN35, mixer_specs
@@ -30,25 +31,14 @@ from pyengine.quantizer.verify_files import verify_files
 DENSE, MOE = GOLDEN / "dense.gguf", GOLDEN / "tied.gguf"
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
-CONFIG = Config(
+CONFIG = dataclasses.replace(
+    odd_model.CONFIG,
     architecture="qwen35",
-    vocab_size=320,
-    hidden_size=96,
-    layer_types=(LINEAR, LINEAR, LINEAR, FULL, LINEAR),
-    rms_norm_eps=1e-5,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-    head_dim=32,
-    rotary_dim=16,
-    rope_theta=1e6,
-    linear_num_key_heads=3,
-    linear_num_value_heads=9,
-    linear_key_head_dim=64,
-    linear_value_head_dim=64,
-    linear_conv_kernel_dim=3,
     intermediate_size=224,
-    mrope_section=(3, 3, 2),
-    max_position_embeddings=2048,
+    num_experts=0,
+    num_experts_per_tok=0,
+    moe_intermediate_size=0,
+    shared_expert_intermediate_size=0,
 )
 
 
