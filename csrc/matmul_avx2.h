@@ -94,6 +94,13 @@ PE_INLINE int64_t few_tokens(int type) { return type == PE_Q8_0 ? 3 : 4; }
 
 PE_INLINE int64_t sums_of(int type) { return type == PE_INT4 ? 1 : SUMS; }
 
+PE_INLINE int64_t one_token_rows(int type, const pe_matrix *w, int64_t row0, int64_t row1,
+                                 const int16_t *q, const int32_t *sums, const float *s_x, float *y)
+{
+    (void)type, (void)w, (void)row1, (void)q, (void)sums, (void)s_x, (void)y;
+    return row0;
+}
+
 /* The part of INT8 and INT4; the group's codes are at byte `at` of the rows. */
 PE_INLINE __m128 group_part(int type, const few *f, int64_t g, int64_t at)
 {

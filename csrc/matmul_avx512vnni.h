@@ -5,6 +5,7 @@
 #include "matmul_x86.h"
 
 #include "matmul_few_avx512vnni.h"
+#include "matmul_one_avx512vnni.h"
 
 /* ---- many tokens ----------------------------------------------------------------------------- */
 

@@ -244,18 +244,24 @@ typedef struct {
     __m128 s_w;       /* INT8, INT4 */
 } few_codes;
 
+/* The codes of a group as codes_of_row, and unsigned. */
+PE_INLINE void code_and_positive(int type, const uint8_t *group, __m512i code[2],
+                                 __m512i positive[2])
+{
+    codes_of_row(type, group, code);
+    UNROLL
+    for (int k = 0; k < 2; k++)
+        positive[k] = is_signed(type)
+                          ? _mm512_xor_si512(code[k], _mm512_set1_epi8((char)0x80))
+                          : code[k];
+}
+
 PE_INLINE few_codes unpack_group(int type, const few *f, int64_t g, int64_t at)
 {
     few_codes c;
     UNROLL
-    for (int i = 0; i < ROWS; i++) {
-        codes_of_row(type, f->row[i] + at, c.code[i]);
-        UNROLL
-        for (int k = 0; k < 2; k++)
-            c.positive[i][k] = is_signed(type)
-                                   ? _mm512_xor_si512(c.code[i][k], _mm512_set1_epi8((char)0x80))
-                                   : c.code[i][k];
-    }
+    for (int i = 0; i < ROWS; i++)
+        code_and_positive(type, f->row[i] + at, c.code[i], c.positive[i]);
     if (!is_blocks(type))
         c.s_w = load_scales(f->scales + g * f->scale_ld, f->n);
     else if (has_minimum(type))

@@ -85,6 +85,12 @@ PE_INLINE void split_token(int type, const int16_t *q, const int32_t *parts, int
 PE_INLINE void add_group(int type, const few *f, int64_t tokens, int64_t g, int64_t at,
                          __m128 *sum);
 
+/* y of rows [row0, .) of w for one token, as far as the level has a faster way than few rows; q and
+ * sums as split_token leaves them.  Returns the first row that is left, at most row1. */
+PE_INLINE int64_t one_token_rows(int type, const pe_matrix *w, int64_t row0, int64_t row1,
+                                 const int16_t *q, const int32_t *sums, const float *s_x,
+                                 float *y);
+
 /* The first n of TILE halves, as floats; 0 in the other lanes. */
 PE_INLINE void load_halves(const uint16_t *halves, int64_t n, floats v[2]);
 
@@ -255,7 +261,9 @@ PE_INLINE void matmul_few(int type, const pe_matrix *w, int64_t row0, int64_t ro
     for (int64_t t = 0; t < a->tokens; t++)
         split_token(type, a->q + t * ld, has_minimum(type) ? a->sums + t * groups * PARTS : NULL,
                     groups, q + t * ld, sums + t * groups * sums_of(type));
-    for (int64_t r = row0; r < row1; r += ROWS) {
+    const int64_t left =
+        a->tokens == 1 ? one_token_rows(type, w, row0, row1, q, sums, a->scales, y) : row0;
+    for (int64_t r = left; r < row1; r += ROWS) {
         if (!is_blocks(type) && r % SCALES_AHEAD == 0)
             for (int64_t g = 0; g < groups; g++)
                 prefetch1((const uint8_t *)(w->scales + g * w->scale_ld + r + SCALES_AHEAD), 1);
