@@ -17,7 +17,9 @@
 #include "matmul_avx512vnni.h"
 
 #define BLOCK_TOKENS PE_SPLIT_TOKENS
-#define CHUNK_BLOCKS 4 /* by measurement */
+/* By measurement. */
+#define CHUNK_BLOCKS 8       /* of tokens, that share unpacked codes */
+#define NEAR_BYTES (1 << 20) /* of rewritten tokens in the second cache */
 
 _Static_assert(BLOCK_TOKENS == 16 && LANES == 16 && TILE == 32, "a tile has 16 rows");
 
@@ -118,10 +120,10 @@ static void split_tokens(const pe_activations *a, int64_t block0, int64_t block1
 
 /* ---- the codes ------------------------------------------------------------------------------- */
 
-/* TILE rows of a group; rows past the last repeat it. */
+/* Rows past the last repeat it. */
 typedef struct {
     _Alignas(64) int8_t codes[TILE][PE_GROUP];
-    tile scales; /* whose pairs are not used */
+    floats scale[BLOCKS][2], minimum[BLOCKS][2]; /* as in tile */
 } amx_codes;
 
 /* 128 codes of the full group that starts at `group`. */
@@ -158,53 +160,35 @@ PE_INLINE void unpack_row(int type, const uint8_t *group, int8_t *codes)
 
 typedef int32_t sums16[16][BLOCK_TOKENS];
 
-/* Of TILE rows and the whole group: high and low of the first 16 rows, then of the others. */
-PE_INLINE void sums_of_group(const int8_t (*codes)[PE_GROUP], const split_group *x, sums16 *c)
-{
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
-    for (int k = 0; k < 2; k++) {
-        TILE_LOAD(4, codes[0] + 64 * k, PE_GROUP);
-        TILE_LOAD(6, x->high[16 * k], 64);
-        TILE_ADD_HIGH(0, 4, 6);
-        TILE_LOAD(7, x->low[16 * k], 64);
-        TILE_ADD_LOW(1, 4, 7);
-        TILE_LOAD(5, codes[16] + 64 * k, PE_GROUP);
-        TILE_ADD_HIGH(2, 5, 6);
-        TILE_ADD_LOW(3, 5, 7);
+/* Tiles HIGH and LOW: the sums of 16 rows of codes over one group, or over block b of it.  Macros,
+ * because a tile's number is part of the instruction. */
+#define SUM_GROUP(HIGH, LOW, codes, x)                                                             \
+    {                                                                                              \
+        TILE_ZERO(HIGH);                                                                           \
+        TILE_ZERO(LOW);                                                                            \
+        for (int k = 0; k < 2; k++) {                                                              \
+            TILE_LOAD(4, (codes)[0] + 64 * k, PE_GROUP);                                           \
+            TILE_LOAD(6, (x)->high[16 * k], 64);                                                   \
+            TILE_ADD_HIGH(HIGH, 4, 6);                                                             \
+            TILE_LOAD(7, (x)->low[16 * k], 64);                                                    \
+            TILE_ADD_LOW(LOW, 4, 7);                                                               \
+        }                                                                                          \
     }
-    TILE_STORE(0, c[0], 64);
-    TILE_STORE(1, c[1], 64);
-    TILE_STORE(2, c[2], 64);
-    TILE_STORE(3, c[3], 64);
-}
-
-/* Of 16 rows: high and low of each block. */
-PE_INLINE void sums_of_blocks(const int8_t (*codes)[PE_GROUP], const split_group *x, sums16 *c)
-{
-    for (int b = 0; b < BLOCKS; b += 2) {
-        TILE_ZERO(0);
-        TILE_ZERO(1);
-        TILE_ZERO(2);
-        TILE_ZERO(3);
-        TILE_LOAD(4, codes[0] + PE_BLOCK * b, PE_GROUP);
-        TILE_LOAD(6, x->high[8 * b], 64);
-        TILE_ADD_HIGH(0, 4, 6);
-        TILE_LOAD(7, x->low[8 * b], 64);
-        TILE_ADD_LOW(1, 4, 7);
-        TILE_LOAD(5, codes[0] + PE_BLOCK * (b + 1), PE_GROUP);
-        TILE_LOAD(6, x->high[8 * (b + 1)], 64);
-        TILE_ADD_HIGH(2, 5, 6);
-        TILE_LOAD(7, x->low[8 * (b + 1)], 64);
-        TILE_ADD_LOW(3, 5, 7);
-        TILE_STORE(0, c[2 * b], 64);
-        TILE_STORE(1, c[2 * b + 1], 64);
-        TILE_STORE(2, c[2 * b + 2], 64);
-        TILE_STORE(3, c[2 * b + 3], 64);
+#define SUM_BLOCK(HIGH, LOW, codes, x, b)                                                          \
+    {                                                                                              \
+        TILE_ZERO(HIGH);                                                                           \
+        TILE_ZERO(LOW);                                                                            \
+        TILE_LOAD(4, (codes)[0] + PE_BLOCK * (b), PE_GROUP);                                       \
+        TILE_LOAD(6, (x)->high[8 * (b)], 64);                                                      \
+        TILE_ADD_HIGH(HIGH, 4, 6);                                                                 \
+        TILE_LOAD(7, (x)->low[8 * (b)], 64);                                                       \
+        TILE_ADD_LOW(LOW, 4, 7);                                                                   \
     }
-}
+#define STORE_SUMS(HIGH, LOW, c)                                                                   \
+    {                                                                                              \
+        TILE_STORE(HIGH, (c)[0], 64);                                                              \
+        TILE_STORE(LOW, (c)[1], 64);                                                               \
+    }
 
 /* ---- float32 --------------------------------------------------------------------------------- */
 
@@ -217,43 +201,100 @@ PE_INLINE __m512 sum_of_row(const sums16 *c, int i)
 
 /* A step whose sums are stored, and whose y [rows][tokens] wait for them. */
 typedef struct {
-    const sums16 *c;
+    sums16 *c;
     const amx_codes *w;
     const split_group *x;
     float (*y)[BLOCK_TOKENS];
+    const uint8_t *next; /* where a group of TILE rows is fetched from, or NULL */
     int half; /* types of blocks: of the rows */
 } amx_step;
 
-PE_INLINE void add_step(int type, const amx_step *s)
+/* Row by row: many fetches at once would wait for each other, and the rest for them. */
+PE_INLINE void fetch_row(int type, const amx_step *s, int i)
+{
+    if (s->next)
+        prefetch2(s->next + i * bytes_of(type, PE_GROUP), bytes_of(type, PE_GROUP));
+}
+
+/* The 16 rows of that half. */
+PE_INLINE void add_group_rows(int type, const amx_step *s, int half)
 {
     const __m512 s_x = _mm512_load_ps(s->x->s_x);
-    const tile *w = &s->w->scales;
-    if (!is_blocks(type)) {
-        for (int h = 0; h < 2; h++)
-            for (int i = 0; i < 16; i++) {
-                __m512 scale = _mm512_mul_ps(_mm512_set1_ps(((const float *)&w->scale[0][h])[i]), s_x);
-                __m512 p = _mm512_mul_ps(sum_of_row(s->c + 2 * h, i), scale);
-                add_to(s->y[16 * h + i], p);
-            }
-        return;
+    const float *s_w = (const float *)&s->w->scale[0][half];
+    float(*y)[BLOCK_TOKENS] = s->y + 16 * half;
+    UNROLL
+    for (int i = 0; i < 16; i++) {
+        fetch_row(type, s, 16 * half + i);
+        __m512 scale = _mm512_mul_ps(_mm512_set1_ps(s_w[i]), s_x);
+        add_to(y[i], _mm512_mul_ps(sum_of_row(s->c + 2 * half, i), scale));
     }
+}
+
+/* Rows [i0, i1) of the half. */
+PE_INLINE void add_blocks_rows(int type, const amx_step *s, int i0, int i1)
+{
+    const __m512 s_x = _mm512_load_ps(s->x->s_x);
+    const amx_codes *w = s->w;
     __m512 sums[BLOCKS];
     for (int b = 0; b < BLOCKS; b++)
         sums[b] = _mm512_load_ps(s->x->sums[b]);
-    for (int i = 0; i < 16; i++) {
+    for (int i = i0; i < i1; i++) {
+        fetch_row(type, s, 16 * s->half + i);
         __m512 p[BLOCKS];
         UNROLL
         for (int b = 0; b < BLOCKS; b++) {
-            p[b] = _mm512_mul_ps(sum_of_row(s->c + 2 * b, i),
-                                 _mm512_set1_ps(((const float *)&w->scale[b][s->half])[i]));
-            if (has_minimum(type)) {
-                __m512 m = _mm512_set1_ps(((const float *)&w->minimum[b][s->half])[i]);
-                p[b] = _mm512_add_ps(p[b], _mm512_mul_ps(sums[b], m));
-            }
+            const float *scale = (const float *)&w->scale[b][s->half];
+            const float *minimum = (const float *)&w->minimum[b][s->half];
+            p[b] = _mm512_mul_ps(sum_of_row(s->c + 2 * b, i), _mm512_set1_ps(scale[i]));
+            if (has_minimum(type))
+                p[b] = _mm512_add_ps(p[b], _mm512_mul_ps(sums[b], _mm512_set1_ps(minimum[i])));
         }
         __m512 all = _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));
         add_to(s->y[16 * s->half + i], _mm512_mul_ps(all, s_x));
     }
+}
+
+/* The sums of the step now, of which the last ones stay in tiles 2 and 3, and the float32 operations
+ * of the step before.  One is stored and the other one added up while the next sums are computed:
+ * stores that wait for a sum would fill the processor's queue. */
+PE_INLINE void amx_steps(int type, const amx_step *now, const amx_step *before)
+{
+    const int8_t(*codes)[PE_GROUP] = now->w->codes + 16 * now->half;
+    const split_group *x = now->x;
+    if (!is_blocks(type)) {
+        SUM_GROUP(0, 1, codes, x)
+        STORE_SUMS(2, 3, before->c + 2)
+        add_group_rows(type, before, 0);
+        SUM_GROUP(2, 3, codes + 16, x)
+        STORE_SUMS(0, 1, now->c)
+        add_group_rows(type, before, 1);
+        return;
+    }
+    SUM_BLOCK(0, 1, codes, x, 0)
+    STORE_SUMS(2, 3, before->c + 6)
+    add_blocks_rows(type, before, 0, 4);
+    SUM_BLOCK(2, 3, codes, x, 1)
+    STORE_SUMS(0, 1, now->c)
+    add_blocks_rows(type, before, 4, 8);
+    SUM_BLOCK(0, 1, codes, x, 2)
+    STORE_SUMS(2, 3, now->c + 2)
+    add_blocks_rows(type, before, 8, 12);
+    SUM_BLOCK(2, 3, codes, x, 3)
+    STORE_SUMS(0, 1, now->c + 4)
+    add_blocks_rows(type, before, 12, 16);
+}
+
+/* Of the last step. */
+PE_INLINE void finish_step(int type, const amx_step *before)
+{
+    if (is_blocks(type)) {
+        STORE_SUMS(2, 3, before->c + 6)
+        add_blocks_rows(type, before, 0, 16);
+        return;
+    }
+    STORE_SUMS(2, 3, before->c + 2)
+    add_group_rows(type, before, 0);
+    add_group_rows(type, before, 1);
 }
 
 /* ---- the kernels ----------------------------------------------------------------------------- */
@@ -276,79 +317,92 @@ PE_INLINE void store_block(float (*from)[BLOCK_TOKENS], int64_t rows, int64_t n,
     }
 }
 
-/* What one thread keeps: of a chunk of tokens and TILE rows. */
+/* What one thread keeps: of TILE rows and a chunk of tokens. */
 typedef struct {
     _Alignas(64) float y[CHUNK_BLOCKS][TILE][BLOCK_TOKENS];
+    _Alignas(64) float unused[TILE][BLOCK_TOKENS];
     _Alignas(64) sums16 sums[2][2 * BLOCKS]; /* of this step and the one before */
-    amx_codes codes[2];                      /* of this group and the one before */
+    amx_codes codes[2];                      /* of this group and the next one */
 } amx_memory;
 
-/* Rows [r, r + rows) of w, at most TILE, times blocks [0, blocks) from x on, n tokens; next as in
- * matmul_tile. */
+/* Rows [r, r + rows) of group g, at most TILE. */
+PE_INLINE void unpack_rows(int type, const pe_matrix *w, int64_t r, int64_t rows, int64_t g,
+                           amx_codes *to)
+{
+    const int64_t group_bytes = bytes_of(type, PE_GROUP), row_bytes = bytes_of(type, w->cols);
+    const int64_t bytes = row_bytes - g * group_bytes;
+    const uint8_t *data = (const uint8_t *)w->data + r * row_bytes + g * group_bytes;
+    const uint8_t *row[TILE];
+    uint8_t last[TILE][BLOCKS * Q8_BYTES]; /* a short last group, filled up with zeros */
+    tile scales;                           /* no other part of it is used */
+    for (int i = 0; i < TILE; i++) {
+        row[i] = data + pe_min(i, rows - 1) * row_bytes;
+        if (bytes < group_bytes) {
+            memset(last[i], 0, sizeof last[i]);
+            memcpy(last[i], row[i], (size_t)bytes);
+            row[i] = last[i];
+        }
+    }
+    pack_scales(type, row, w->scales ? w->scales + g * w->scale_ld + r : NULL, rows, &scales);
+    memcpy(to->scale, scales.scale, sizeof to->scale);
+    if (has_minimum(type))
+        memcpy(to->minimum, scales.minimum, sizeof to->minimum);
+    for (int i = 0; i < TILE; i++)
+        unpack_row(type, row[i], to->codes[i]);
+}
+
+/* Rows [r, r + rows) of w, at most TILE, times blocks [0, blocks) from x on, n tokens.  next: the
+ * rows to be used next, if they are worth a prefetch. */
 PE_INLINE void amx_rows(int type, const pe_matrix *w, int64_t r, int64_t rows,
                         const split_group *x, int64_t blocks, int64_t n, float *y, int64_t ldy,
                         const uint8_t *next, amx_memory *m)
 {
-    const int64_t groups = pe_groups(w->cols);
-    const int64_t group_bytes = bytes_of(type, PE_GROUP), row_bytes = bytes_of(type, w->cols);
-    amx_step before = {.c = NULL};
+    const int64_t groups = pe_groups(w->cols), bytes = TILE * bytes_of(type, PE_GROUP);
+    /* Before the first step: any sums, to a y that is not used. */
+    amx_step before = {m->sums[1], m->codes, x, m->unused, NULL, 0};
     int at = 0;
     memset(m->y, 0, (size_t)blocks * sizeof m->y[0]);
-
-    const uint8_t *row[TILE];
-    for (int i = 0; i < TILE; i++)
-        row[i] = (const uint8_t *)w->data + (r + pe_min(i, rows - 1)) * row_bytes;
-    for (int64_t g = 0; g < groups; g++) {
-        amx_codes *codes = &m->codes[g % 2];
-        uint8_t last[TILE][BLOCKS * Q8_BYTES]; /* a short last group, filled up with zeros */
-        if (w->cols < (g + 1) * PE_GROUP)
-            for (int i = 0; i < TILE; i++) {
-                memset(last[i], 0, sizeof last[i]);
-                memcpy(last[i], row[i], (size_t)(row_bytes - g * group_bytes));
-                row[i] = last[i];
-            }
-        if (next)
-            prefetch2(next + g * TILE * group_bytes, TILE * group_bytes);
-        pack_scales(type, row, w->scales ? w->scales + g * w->scale_ld + r : NULL, rows,
-                    &codes->scales);
-        for (int i = 0; i < TILE; i++) {
-            unpack_row(type, row[i], codes->codes[i]);
-            row[i] += group_bytes;
-        }
+    unpack_rows(type, w, r, rows, 0, m->codes);
+    for (int64_t g = 0; g < groups; g++)
         for (int64_t b = 0; b < blocks; b++)
             for (int half = 0; half <= is_blocks(type); half++, at ^= 1) {
-                amx_step now = {m->sums[at], codes, x + b * groups + g, m->y[b], half};
-                if (is_blocks(type))
-                    sums_of_blocks(codes->codes + 16 * half, now.x, m->sums[at]);
-                else
-                    sums_of_group(codes->codes, now.x, m->sums[at]);
-                if (before.c)
-                    add_step(type, &before);
+                const amx_step now = {m->sums[at], &m->codes[g % 2], x + b * groups + g, m->y[b],
+                                      b == 0 && next ? next + g * bytes : NULL, half};
+                amx_steps(type, &now, &before);
                 before = now;
+                if (b == 0 && half == 0 && g + 1 < groups)
+                    unpack_rows(type, w, r, rows, g + 1, &m->codes[(g + 1) % 2]);
             }
-    }
-    add_step(type, &before);
+    finish_step(type, &before);
     for (int64_t b = 0; b < blocks; b++)
         store_block(m->y[b], rows, pe_min(n - b * BLOCK_TOKENS, BLOCK_TOKENS),
                     y + b * BLOCK_TOKENS * ldy + r, ldy);
+}
+
+/* As many blocks of tokens as stay in the second cache while all rows are used. */
+PE_INLINE int64_t near_blocks(int64_t groups)
+{
+    const int64_t fit = NEAR_BYTES / (groups * PE_SPLIT_BYTES) / CHUNK_BLOCKS * CHUNK_BLOCKS;
+    return fit > CHUNK_BLOCKS ? fit : CHUNK_BLOCKS;
 }
 
 PE_INLINE void matmul_split(int type, const pe_matrix *w, int64_t row0, int64_t row1,
                             int64_t tokens, const void *split, float *y, int64_t ldy)
 {
     const int64_t row_bytes = bytes_of(type, w->cols), groups = pe_groups(w->cols);
-    const int64_t blocks = (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    const int64_t blocks = (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS, near = near_blocks(groups);
     amx_memory m;
     configure_tiles(is_blocks(type) ? PE_BLOCK : 64);
-    for (int64_t r = row0; r < row1; r += TILE)
-        for (int64_t b = 0; b < blocks; b += CHUNK_BLOCKS) {
-            const uint8_t *next = (const uint8_t *)w->data + (r + TILE) * row_bytes;
-            if (b > 0 || r + TILE >= row1)
-                next = NULL;
-            amx_rows(type, w, r, pe_min(TILE, row1 - r), (const split_group *)split + b * groups,
-                     pe_min(CHUNK_BLOCKS, blocks - b), tokens - b * BLOCK_TOKENS,
-                     y + b * BLOCK_TOKENS * ldy, ldy, next, &m);
-        }
+    for (int64_t first = 0; first < blocks; first += near)
+        for (int64_t r = row0; r < row1; r += TILE)
+            for (int64_t b = first; b < pe_min(first + near, blocks); b += CHUNK_BLOCKS) {
+                const uint8_t *next = (const uint8_t *)w->data + (r + TILE) * row_bytes;
+                if (b > first || r + TILE >= row1)
+                    next = NULL;
+                amx_rows(type, w, r, pe_min(TILE, row1 - r),
+                         (const split_group *)split + b * groups, pe_min(CHUNK_BLOCKS, blocks - b),
+                         tokens - b * BLOCK_TOKENS, y + b * BLOCK_TOKENS * ldy, ldy, next, &m);
+            }
     release_tiles();
 }
 
