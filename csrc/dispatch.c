@@ -55,8 +55,7 @@ static int have_avx512vnni(void)
 }
 #endif
 
-#ifdef PE_HAVE_AVX512AMX
-#if defined(__linux__)
+#ifdef PE_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -67,9 +66,6 @@ static int may_use_tiles(void)
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
-#else
-static int may_use_tiles(void) { return 0; }
-#endif
 
 static int have_avx512amx(void)
 {
@@ -103,7 +99,7 @@ static const struct {
 #ifdef PE_HAVE_AVX512VNNI
     {"avx512vnni", have_avx512vnni, pe_fill_avx512vnni},
 #endif
-#ifdef PE_HAVE_AVX512AMX
+#ifdef PE_AMX
     {"avx512amx", have_avx512amx, pe_fill_avx512amx},
 #endif
 #ifdef PE_HAVE_NEON

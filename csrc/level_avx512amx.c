@@ -2,6 +2,9 @@
  * table stay those of level_avx512vnni.c. */
 #define PE_AVX512
 
+#include "kernels.h"
+
+#ifdef PE_AMX
 #include "matmul_avx512amx.h"
 
 void pe_fill_avx512amx(pe_kernels *k)
@@ -10,3 +13,4 @@ void pe_fill_avx512amx(pe_kernels *k)
 #define PE_TYPE_FILE(type) PE_FILL_TYPE(avx512amx, type, k)
     PE_TYPE_FILES
 }
+#endif

@@ -1,7 +1,11 @@
-/* matmul.c - scalar, normative: see pe_matmul in pyengine.h.
+/* matmul.c - scalar, normative: see pe_matmul in pyengine.h; and how jobs are shared out.
  *
  * F32, F16, BF16, INT8 and INT4 are here; another weight type has a file of its own:
  * matmul_blocks32.c.
+ *
+ * Where the level has kernels that read rewritten tokens (split_matmul), the jobs run in batches: the
+ * tokens of a batch are rewritten into memory of a fixed size, by all threads; then its rows are
+ * shared out.
  */
 #include "kernels.h"
 
@@ -180,7 +184,7 @@ static int64_t split_bytes(const pe_activations *a) { return pe_groups(a->cols) 
 
 static int is_split(const pe_matmul_job *job)
 {
-    return pe_active.split_matmul[job->w.type] && job->a.tokens >= PE_SPLIT_LEAST &&
+    return pe_active.split_matmul[job->w.type] && job->a.tokens >= pe_active.split_least[job->w.type] &&
            split_bytes(&job->a) <= PE_POOL_SPLIT;
 }
 
@@ -270,6 +274,13 @@ static int64_t all_tiles(const pe_matmul_job *jobs, int64_t n)
     return tiles;
 }
 
+/* The first rows of the next job, where they are like those of this one. */
+static const void *next_rows(const pe_matmul_job *job)
+{
+    const pe_matrix *w = &job[0].w, *next = &job[1].w;
+    return w->type == next->type && w->cols == next->cols ? next->data : NULL;
+}
+
 /* Tiles [begin, end), where the rows of all jobs are counted one job after another. */
 static int32_t matmul_tiles(void *arg, int64_t begin, int64_t end)
 {
@@ -283,7 +294,8 @@ static int32_t matmul_tiles(void *arg, int64_t begin, int64_t end)
             continue;
         if (m->split && m->split[j])
             pe_active.split_matmul[job->w.type](&job->w, row0, row1, job->a.tokens, m->split[j],
-                                                job->y, job->ldy);
+                                                job->y, job->ldy,
+                                                first + job_tiles(job) < end ? next_rows(job) : NULL);
         else
             pe_active.matmul[job->w.type](&job->w, row0, row1, &job->a, job->y, job->ldy);
     }

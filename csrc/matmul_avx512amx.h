@@ -387,7 +387,8 @@ PE_INLINE int64_t near_blocks(int64_t groups)
 }
 
 PE_INLINE void matmul_split(int type, const pe_matrix *w, int64_t row0, int64_t row1,
-                            int64_t tokens, const void *split, float *y, int64_t ldy)
+                            int64_t tokens, const void *split, float *y, int64_t ldy,
+                            const void *after)
 {
     const int64_t row_bytes = bytes_of(type, w->cols), groups = pe_groups(w->cols);
     const int64_t blocks = (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS, near = near_blocks(groups);
@@ -397,7 +398,9 @@ PE_INLINE void matmul_split(int type, const pe_matrix *w, int64_t row0, int64_t 
         for (int64_t r = row0; r < row1; r += TILE)
             for (int64_t b = first; b < pe_min(first + near, blocks); b += CHUNK_BLOCKS) {
                 const uint8_t *next = (const uint8_t *)w->data + (r + TILE) * row_bytes;
-                if (b > first || r + TILE >= row1)
+                if (r + TILE >= row1)
+                    next = after;
+                if (b > first)
                     next = NULL;
                 amx_rows(type, w, r, pe_min(TILE, row1 - r),
                          (const split_group *)split + b * groups, pe_min(CHUNK_BLOCKS, blocks - b),
@@ -408,9 +411,9 @@ PE_INLINE void matmul_split(int type, const pe_matrix *w, int64_t row0, int64_t 
 
 #define KERNEL(name, type)                                                                         \
     static void name(const pe_matrix *w, int64_t row0, int64_t row1, int64_t tokens,               \
-                     const void *split, float *y, int64_t ldy)                                     \
+                     const void *split, float *y, int64_t ldy, const void *next)                   \
     {                                                                                              \
-        matmul_split(type, w, row0, row1, tokens, split, y, ldy);                                  \
+        matmul_split(type, w, row0, row1, tokens, split, y, ldy, next);                            \
     }
 KERNEL(split_q8_0, PE_Q8_0)
 KERNEL(split_q4_0, PE_Q4_0)
@@ -425,14 +428,19 @@ KERNEL(split_int4, PE_INT4)
 
 PE_INLINE void fill_split_matmul(pe_kernels *k)
 {
+    static const struct {
+        int32_t type;
+        int64_t least; /* by measurement */
+        pe_split_matmul_kernel *matmul;
+    } kernels[] = {
+        {PE_INT8, 5, split_int8},     {PE_INT4, 5, split_int4}, {PE_Q8_0, 8, split_q8_0},
+        {PE_Q4_0, 8, split_q4_0},     {PE_Q4_1, 8, split_q4_1}, {PE_Q5_0, 8, split_q5_0},
+        {PE_Q5_1, 8, split_q5_1},     {PE_MXFP4, 8, split_mxfp4},
+        {PE_IQ4_NL, 8, split_iq4_nl},
+    };
     k->split_tokens = split_tokens;
-    k->split_matmul[PE_Q8_0] = split_q8_0;
-    k->split_matmul[PE_Q4_0] = split_q4_0;
-    k->split_matmul[PE_Q4_1] = split_q4_1;
-    k->split_matmul[PE_Q5_0] = split_q5_0;
-    k->split_matmul[PE_Q5_1] = split_q5_1;
-    k->split_matmul[PE_IQ4_NL] = split_iq4_nl;
-    k->split_matmul[PE_MXFP4] = split_mxfp4;
-    k->split_matmul[PE_INT8] = split_int8;
-    k->split_matmul[PE_INT4] = split_int4;
+    for (size_t i = 0; i < sizeof kernels / sizeof kernels[0]; i++) {
+        k->split_matmul[kernels[i].type] = kernels[i].matmul;
+        k->split_least[kernels[i].type] = kernels[i].least;
+    }
 }
