@@ -3,7 +3,7 @@
  * F32, F16, BF16, INT8 and INT4 are here; another weight type has a file of its own:
  * matmul_blocks32.c.
  *
- * Where the level has kernels that read rewritten tokens (split_matmul), the jobs run in batches: the
+ * Where the level has kernels that read rewritten tokens (split_matmul), jobs run in batches: the
  * tokens of a batch are rewritten into memory of a fixed size, by all threads; then its rows are
  * shared out.
  */
@@ -177,14 +177,18 @@ typedef struct {
     int64_t token;
 } jobs_left;
 
-static int64_t blocks_of(int64_t tokens) { return (tokens + PE_SPLIT_TOKENS - 1) / PE_SPLIT_TOKENS; }
+static int64_t blocks_of(int64_t tokens)
+{
+    return (tokens + PE_SPLIT_TOKENS - 1) / PE_SPLIT_TOKENS;
+}
 
 /* Of one block of tokens. */
 static int64_t split_bytes(const pe_activations *a) { return pe_groups(a->cols) * PE_SPLIT_BYTES; }
 
 static int is_split(const pe_matmul_job *job)
 {
-    return pe_active.split_matmul[job->w.type] && job->a.tokens >= pe_active.split_least[job->w.type] &&
+    const int32_t type = job->w.type;
+    return pe_active.split_matmul[type] && job->a.tokens >= pe_active.split_least[type] &&
            split_bytes(&job->a) <= PE_POOL_SPLIT;
 }
 
@@ -290,12 +294,13 @@ static int32_t matmul_tiles(void *arg, int64_t begin, int64_t end)
         int64_t tile0 = begin > first ? begin - first : 0;
         int64_t tile1 = pe_min(end - first, job_tiles(job));
         int64_t row0 = tile0 * PE_ROW_GRAIN, row1 = pe_min(tile1 * PE_ROW_GRAIN, job->w.rows);
+        int more = first + job_tiles(job) < end;
         if (tile0 >= tile1)
             continue;
         if (m->split && m->split[j])
             pe_active.split_matmul[job->w.type](&job->w, row0, row1, job->a.tokens, m->split[j],
                                                 job->y, job->ldy,
-                                                first + job_tiles(job) < end ? next_rows(job) : NULL);
+                                                more ? next_rows(job) : NULL);
         else
             pe_active.matmul[job->w.type](&job->w, row0, row1, &job->a, job->y, job->ldy);
     }

@@ -5,13 +5,13 @@
  * the second.  A tile of codes is 16 rows of the matrix; a tile of tokens has 16 tokens, and four
  * columns in each 32 bits; a tile of sums has a token in each lane.
  *
- * The bytes of the tokens are split and transposed once, for all rows and all threads: split_tokens.
+ * The bytes of the tokens are split and transposed once for all rows and threads: split_tokens.
  * The codes of TILE rows of a group are unpacked to int8 once for CHUNK_BLOCKS blocks of tokens.
  *
- * The sums of a step (some rows, one group, one block of tokens) are stored; then follow the float32
- * operations of the step before, which the processor executes while its tiles are busy.
+ * The sums of a step (some rows, one group, one block of tokens) are stored; the float32 operations
+ * of the step before are executed while the tiles are busy.
  *
- * The instructions are written as assembly.  Thus no flag of the compiler is needed, and no compiler
+ * The instructions are written as assembly: so no flag of the compiler is needed, and no compiler
  * uses tiles for anything else.
  */
 #include "matmul_avx512vnni.h"
@@ -106,9 +106,9 @@ static void split_tokens(const pe_activations *a, int64_t block0, int64_t block1
                 int64_t at = pe_min(block * BLOCK_TOKENS + i, a->tokens - 1) * groups + g;
                 q[i] = a->q + at * PE_GROUP;
                 out->s_x[i] = a->scales[at];
-                for (int b = 0; b < BLOCKS; b++) {
+                for (int b = 0; b < BLOCKS && a->sums; b++) {
                     const int32_t *sums = a->sums + at * PARTS + 2 * b;
-                    out->sums[b][i] = a->sums ? (float)(sums[0] + sums[1]) : 0.0f;
+                    out->sums[b][i] = (float)(sums[0] + sums[1]);
                 }
             }
             split_columns(q, out->high, out->low);
@@ -254,8 +254,8 @@ PE_INLINE void add_blocks_rows(int type, const amx_step *s, int i0, int i1)
     }
 }
 
-/* The sums of the step now, of which the last ones stay in tiles 2 and 3, and the float32 operations
- * of the step before.  One is stored and the other one added up while the next sums are computed:
+/* The sums of the step now, of which the last ones stay in tiles 2 and 3, and the float32 steps
+ * of the one before.  One is stored and the other one added up while the next sums are computed:
  * stores that wait for a sum would fill the processor's queue. */
 PE_INLINE void amx_steps(int type, const amx_step *now, const amx_step *before)
 {
