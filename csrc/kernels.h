@@ -107,8 +107,8 @@ typedef struct pe_kernels {
     pe_weight_type type[PE_TYPES];
     pe_matmul_kernel *matmul[PE_TYPES];
     /* split_least tokens or more, whose q, scales and sums (which may be NULL) are rewritten once
-     * for all rows: blocks [block0, block1) of PE_SPLIT_TOKENS tokens -> to, PE_SPLIT_BYTES for each
-     * block and group.  to is 64-byte aligned.  NULL: matmul reads any number of tokens as they are. */
+     * for all rows: blocks [block0, block1) of PE_SPLIT_TOKENS tokens -> to, 64-byte aligned,
+     * PE_SPLIT_BYTES for each block and group.  NULL: matmul reads any number as they are. */
     pe_split_matmul_kernel *split_matmul[PE_TYPES];
     int64_t split_least[PE_TYPES];
     void (*split_tokens)(const pe_activations *a, int64_t block0, int64_t block1, void *to);
