@@ -28,19 +28,10 @@ FLAGS = [
 ]
 
 # dispatch.c asks the processor for the features behind these flags: change both together.
-X86 = {
-    "avx2": ["-mavx2", "-mf16c", "-mfma"],
-    "avx512vnni": [
-        "-mavx2",
-        "-mf16c",
-        "-mfma",
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mavx512vnni",
-    ],
-}
+AVX2 = ["-mavx2", "-mf16c", "-mfma"]
+AVX512VNNI = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+# AMX is written as assembly, for compilers that do not know its flags.
+X86 = {"avx2": AVX2, "avx512vnni": AVX512VNNI, "avx512amx": AVX512VNNI}
 ARM = {"neon": [], "neon_dotprod": ["-march=armv8.2-a+dotprod"]}
 
 

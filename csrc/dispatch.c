@@ -1,4 +1,5 @@
 /* dispatch.c - the table of kernels: filled upward, from scalar to the level in use. */
+#define _GNU_SOURCE
 #include "kernels.h"
 
 /* The scalar parts, each in the file of its operation. */
@@ -54,6 +55,27 @@ static int have_avx512vnni(void)
 }
 #endif
 
+#ifdef PE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Linux lets a process use tiles only after it has asked: once, for all threads and children.  It
+ * refuses where the kernel is older than 5.16, and where a signal stack is too small for tiles. */
+static int may_use_tiles(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+
+static int have_avx512amx(void)
+{
+    const unsigned amx_tile = 1u << 24, amx_int8 = 1u << 25;
+    unsigned eax, ebx, ecx, edx;
+    return have_avx512vnni() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+           (edx & amx_tile) && (edx & amx_int8) && may_use_tiles();
+}
+#endif
+
 #ifdef PE_HAVE_NEON_DOTPROD
 #if defined(__linux__)
 #include <asm/hwcap.h>
@@ -76,6 +98,9 @@ static const struct {
 #endif
 #ifdef PE_HAVE_AVX512VNNI
     {"avx512vnni", have_avx512vnni, pe_fill_avx512vnni},
+#endif
+#ifdef PE_AMX
+    {"avx512amx", have_avx512amx, pe_fill_avx512amx},
 #endif
 #ifdef PE_HAVE_NEON
     {"neon", always, pe_fill_neon},

@@ -228,17 +228,15 @@ static int64_t first_slot(const slot_table *s, int64_t p)
     return p < s->used ? s->end[s->order[p]] - s->uses[s->order[p]] : s->count;
 }
 
-/* The product of each expert's gate, up or down with its own slots. */
-static int64_t add_routed_jobs(experts_run *r, step now, int64_t n, int i, const pe_activations *in,
-                               float *y)
+/* The product of the gate, up or down of expert order[p] with its own slots. */
+static int64_t add_routed_job(experts_run *r, int64_t n, int64_t p, int i, const pe_activations *in,
+                              float *y)
 {
     const slot_table *s = &r->slots;
-    for (int64_t p = now.from; p < now.to; p++) {
-        const int64_t first = first_slot(s, p);
-        const pe_matrix w = matrix_of(r->w, i, s->order[p]);
-        r->jobs[n++] = (pe_matmul_job){w, rows_of(in, first, s->uses[s->order[p]]),
-                                       y + first * w.rows, w.rows};
-    }
+    const int64_t first = first_slot(s, p);
+    const pe_matrix w = matrix_of(r->w, i, s->order[p]);
+    r->jobs[n++] = (pe_matmul_job){w, rows_of(in, first, s->uses[s->order[p]]), y + first * w.rows,
+                                   w.rows};
     return n;
 }
 
@@ -252,8 +250,11 @@ static int64_t add_shared_job(experts_run *r, int64_t n, const pe_matrix *w,
 static int32_t gate_and_up(pe_pool *pool, experts_run *r, step now)
 {
     const pe_experts_weights *w = r->w;
-    int64_t n = add_routed_jobs(r, now, 0, 0, &r->in, r->routed.gate);
-    n = add_routed_jobs(r, now, n, 1, &r->in, r->routed.up);
+    int64_t n = 0;
+    for (int64_t p = now.from; p < now.to; p++) { /* neighbours, for they read the same tokens */
+        n = add_routed_job(r, n, p, 0, &r->in, r->routed.gate);
+        n = add_routed_job(r, n, p, 1, &r->in, r->routed.up);
+    }
     if (now.shared) {
         n = add_shared_job(r, n, &w->shared_gate, r->a, r->shared.gate);
         n = add_shared_job(r, n, &w->shared_up, r->a, r->shared.up);
@@ -293,7 +294,9 @@ static int32_t down(pe_pool *pool, experts_run *r, step now)
         status = activate(pool, &r->shared, &w->shared_down, 0, r->tokens);
     if (status)
         return status;
-    int64_t n = add_routed_jobs(r, now, 0, 2, &routed, r->routed.down);
+    int64_t n = 0;
+    for (int64_t p = now.from; p < now.to; p++)
+        n = add_routed_job(r, n, p, 2, &routed, r->routed.down);
     if (now.shared)
         n = add_shared_job(r, n, &w->shared_down, &shared, r->shared.down);
     return pe_matmul_jobs(pool, r->jobs, n);

@@ -41,6 +41,21 @@ typedef struct {
 typedef void pe_matmul_kernel(const pe_matrix *w, int64_t row0, int64_t row1,
                               const pe_activations *a, float *y, int64_t ldy);
 
+/* The same from activations that split_tokens has rewritten.  next: rows of the same type and cols
+ * that the thread will read after these, or NULL. */
+typedef void pe_split_matmul_kernel(const pe_matrix *w, int64_t row0, int64_t row1, int64_t tokens,
+                                    const void *split, float *y, int64_t ldy, const void *next);
+#define PE_SPLIT_TOKENS 16 /* in a block of rewritten tokens */
+#define PE_SPLIT_BYTES (PE_SPLIT_TOKENS * (2 * PE_GROUP + 5 * 4)) /* of a block and group */
+
+/* The machines that can build the AMX level: its instructions are written as assembly, which an
+ * assembler knows that comes with a compiler that has one of these headers. */
+#if defined(PE_HAVE_AVX512AMX) || defined(PE_AVX512)
+#if defined(__linux__) && (__has_include(<amxint8intrin.h>) || __has_include(<amxintrin.h>))
+#define PE_AMX
+#endif
+#endif
+
 #define PE_INFINITY_BITS 0x7f800000u
 #define PE_SCALES_AT_ONCE 8
 #define PE_F16_INFINITY 0x7c00
@@ -91,6 +106,12 @@ typedef struct pe_kernels {
     /* By PE_F32, PE_F16, ... */
     pe_weight_type type[PE_TYPES];
     pe_matmul_kernel *matmul[PE_TYPES];
+    /* split_least tokens or more, whose q, scales and sums (which may be NULL) are rewritten once
+     * for all rows: blocks [block0, block1) of PE_SPLIT_TOKENS tokens -> to, 64-byte aligned,
+     * PE_SPLIT_BYTES for each block and group.  NULL: matmul reads any number as they are. */
+    pe_split_matmul_kernel *split_matmul[PE_TYPES];
+    int64_t split_least[PE_TYPES];
+    void (*split_tokens)(const pe_activations *a, int64_t block0, int64_t block1, void *to);
 
     /* One group of n <= PE_GROUP columns: q[0, n) and *scale; PE_OK or PE_ERROR_NONFINITE. */
     int32_t (*quantize_group)(const float *x, int64_t n, int16_t *q, float *scale);
@@ -160,6 +181,7 @@ extern pe_kernels pe_active;
 void pe_fill_scalar(pe_kernels *k);
 void pe_fill_avx2(pe_kernels *k);
 void pe_fill_avx512vnni(pe_kernels *k);
+void pe_fill_avx512amx(pe_kernels *k);
 void pe_fill_neon(pe_kernels *k);
 void pe_fill_neon_dotprod(pe_kernels *k);
 
@@ -194,6 +216,11 @@ int32_t pe_run_alone(pe_task *task, void *arg, int64_t items);
  * is not enough memory.  The block grows and is kept, so that a step of the model does not pay for
  * fresh pages. */
 void *pe_pool_scratch(pe_pool *pool, size_t bytes);
+
+/* Memory of the pool for PE_POOL_SPLIT bytes of rewritten tokens, 64-byte aligned; NULL if there is
+ * none.  It is beside the scratch. */
+#define PE_POOL_SPLIT ((int64_t)4 << 20)
+void *pe_pool_split(pe_pool *pool);
 
 /* Several matmuls whose rows are shared out as one. */
 typedef struct {

@@ -35,6 +35,7 @@ struct pe_pool {
     pthread_t threads[MAX_THREADS];
     void *scratch;
     size_t scratch_bytes;
+    void *split;
 
     pe_task *task;
     void *arg;
@@ -279,6 +280,7 @@ void pe_pool_free(pe_pool *pool)
         pthread_mutex_destroy(&pool->mutex);
     }
     free(pool->scratch);
+    free(pool->split);
     free(pool);
 }
 
@@ -297,6 +299,13 @@ void *pe_pool_scratch(pe_pool *pool, size_t bytes)
         pool->scratch_bytes = bytes;
     }
     return pool->scratch;
+}
+
+void *pe_pool_split(pe_pool *pool)
+{
+    if (!pool->split && posix_memalign(&pool->split, 64, PE_POOL_SPLIT))
+        pool->split = NULL;
+    return pool->split;
 }
 
 int64_t pe_pool_scratch_bytes(const pe_pool *pool) { return (int64_t)pool->scratch_bytes; }

@@ -130,10 +130,13 @@ typedef struct pe_pool pe_pool;
 pe_pool *pe_pool_new(int32_t n, int32_t pin);
 void pe_pool_free(pe_pool *pool);
 int32_t pe_pool_threads(const pe_pool *pool);
-/* Memory that the pool keeps for intermediates, in bytes: it grows with the largest call so far. */
+/* Memory that the pool keeps for intermediates, in bytes: it grows with the largest call so far.  A
+ * level that rewrites the tokens of a matmul (avx512amx) keeps 4 MiB beside it. */
 int64_t pe_pool_scratch_bytes(const pe_pool *pool);
 
-/* The instruction sets in this build and on this processor, lowest first: names until NULL. */
+/* The instruction sets in this build and on this processor, lowest first: names until NULL.  On
+ * Linux the process asks for the tiles of avx512amx when this library is loaded; where the system
+ * refuses them, the level is absent. */
 const char *pe_isa_name(int32_t i);
 /* The one in use. */
 const char *pe_isa_active(void);

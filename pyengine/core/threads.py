@@ -33,7 +33,7 @@ def select_isa(name: str) -> None:
 
 
 def _select_from_environment() -> None:
-    """PYENGINE_ISA=scalar|avx2|avx512vnni|neon|...: a level no higher than that one."""
+    """PYENGINE_ISA=scalar|avx2|avx512vnni|avx512amx|neon|...: a level no higher than that one."""
     name = os.environ.get("PYENGINE_ISA")
     if name:
         select_isa(name)

@@ -8,7 +8,7 @@ import pytest
 from c_core import COMPILER, CSRC, compilations, needs_compiler
 from kernel_runs import ARGUMENT, LEVELS, POOLS, TYPES, Memory, ffi, level, lib
 
-MACHINES = {"x86_64": ["avx2", "avx512vnni"], "aarch64": ["neon", "neon_dotprod"], "riscv64": []}
+MACHINES = {"x86_64": ["avx2", "avx512vnni", "avx512amx"], "aarch64": ["neon", "neon_dotprod"], "riscv64": []}
 ALL_LEVELS = [name for names in MACHINES.values() for name in names]
 
 

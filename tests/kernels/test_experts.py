@@ -214,6 +214,10 @@ class TestExperts:
 
         check(run, case.expected()[0])
 
+    def test_more_matrices_than_a_batch(self):
+        """40 experts have 80 matrices that read the hidden states, for about ten tokens each."""
+        ExpertsCase(("INT8", "Q8_0", "INT4"), 40, 64, 64, 32, 200, 2).check(RUNS[-2:])
+
     def test_scratch_is_kept(self):
         pool = ffi.gc(lib.pe_pool_new(1, 0), lib.pe_pool_free)
         assert lib.pe_pool_scratch_bytes(pool) == 0

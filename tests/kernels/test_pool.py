@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid|underflow|di
 
 class TestLevelsAndPool:
     def test_levels(self):
-        known = {"scalar", "avx2", "avx512vnni", "neon", "neon_dotprod"}
+        known = {"scalar", "avx2", "avx512vnni", "avx512amx", "neon", "neon_dotprod"}
         assert LEVELS[0] == "scalar" and set(LEVELS) <= known
         assert len(set(LEVELS)) == len(LEVELS)
         for name in LEVELS:
