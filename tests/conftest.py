@@ -5,9 +5,20 @@ import os
 import pytest
 from paths import GOLDEN
 
+from pyengine.core.processors import physical_cores
 from pyengine.core.threads import active_isa, available_isas, select_isa
 
 collect_ignore = ["testing/example_project"]  # a project of its own: test_plugin.py runs it
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """`pytest` alone runs the files of tests on all processors; with `-n 0`, or only some tests, on one."""
+    option = config.option
+    alone = config.args_source == config.ArgsSource.TESTPATHS and option.markexpr == "not slow and not golden"
+    unsaid = getattr(option, "numprocesses", 0) is None and not (option.usepdb or option.collectonly)
+    if alone and unsaid and "PYTEST_XDIST_WORKER" not in os.environ:
+        option.numprocesses, option.dist = physical_cores(), "loadfile"
 
 
 def pytest_collection_finish():

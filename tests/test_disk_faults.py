@@ -5,7 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,7 +169,9 @@ AS_NOBODY = """
 
 @posix
 def test_files_that_may_not_be_read_or_written(tmp_path):
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder == Path(tempfile.gettempdir()):
+            break
         if folder.owner() == "root" and os.geteuid() == 0 and folder != folder.parent:
             folder.chmod(0o755)
     secret, closed = tmp_path / "m.gguf", tmp_path / "closed"
