@@ -106,12 +106,13 @@ typedef struct pe_kernels {
     /* By PE_F32, PE_F16, ... */
     pe_weight_type type[PE_TYPES];
     pe_matmul_kernel *matmul[PE_TYPES];
-    /* split_least tokens or more, whose q, scales and sums (which may be NULL) are rewritten once
-     * for all rows: blocks [block0, block1) of PE_SPLIT_TOKENS tokens -> to, 64-byte aligned,
+    /* split_least tokens or more, whose q, scales and (only with_sums) sums are rewritten once for
+     * all rows: blocks [block0, block1) of PE_SPLIT_TOKENS tokens -> to, 64-byte aligned,
      * PE_SPLIT_BYTES for each block and group.  NULL: matmul reads any number as they are. */
     pe_split_matmul_kernel *split_matmul[PE_TYPES];
     int64_t split_least[PE_TYPES];
-    void (*split_tokens)(const pe_activations *a, int64_t block0, int64_t block1, void *to);
+    void (*split_tokens)(const pe_activations *a, int with_sums, int64_t block0, int64_t block1,
+                         void *to);
 
     /* One group of n <= PE_GROUP columns: q[0, n) and *scale; PE_OK or PE_ERROR_NONFINITE. */
     int32_t (*quantize_group)(const float *x, int64_t n, int16_t *q, float *scale);

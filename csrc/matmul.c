@@ -205,10 +205,14 @@ static pe_matmul_job job_part(const pe_matmul_job *job, int64_t first, int64_t t
     return part;
 }
 
-static int same_tokens(const pe_activations *a, const pe_activations *b)
+static int reads_sums(const pe_matmul_job *job) { return pe_type(job->w.type)->sums; }
+
+/* Whether the rewritten tokens of job a are all that b reads. */
+static int same_tokens(const pe_matmul_job *job_a, const pe_matmul_job *job_b)
 {
-    return a->q == b->q && a->scales == b->scales && a->sums == b->sums && a->cols == b->cols &&
-           a->tokens == b->tokens;
+    const pe_activations *a = &job_a->a, *b = &job_b->a;
+    return reads_sums(job_a) >= reads_sums(job_b) && a->q == b->q && a->scales == b->scales &&
+           a->sums == b->sums && a->cols == b->cols && a->tokens == b->tokens;
 }
 
 /* As many as find room: at least one. */
@@ -223,7 +227,7 @@ static void take_batch(jobs_left *left, char *memory, batch *b)
         b->blocks[n] = 0;
         if (is_split(job)) {
             if (left->token == 0 && n > 0 && b->split[n - 1] &&
-                same_tokens(&job->a, &b->jobs[n - 1].a)) {
+                same_tokens(&b->jobs[n - 1], job)) {
                 b->split[n] = b->split[n - 1];
             } else {
                 int64_t tokens = job->a.tokens - left->token;
@@ -254,7 +258,7 @@ static int32_t split_blocks(void *arg, int64_t begin, int64_t end)
         int64_t block1 = pe_min(end - first, b->blocks[i]);
         const pe_activations *a = &b->jobs[i].a;
         if (block0 < block1)
-            pe_active.split_tokens(a, block0, block1,
+            pe_active.split_tokens(a, reads_sums(&b->jobs[i]), block0, block1,
                                    (char *)b->split[i] + block0 * split_bytes(a));
     }
     return PE_OK;

@@ -28,7 +28,7 @@ typedef struct {
     uint8_t high[PE_GROUP / 4][BLOCK_TOKENS][4]; /* [c / 4][token][c % 4] */
     uint8_t low[PE_GROUP / 4][BLOCK_TOKENS][4];
     float s_x[BLOCK_TOKENS];
-    float sums[BLOCKS][BLOCK_TOKENS]; /* of q over a block of columns, where there are sums */
+    float sums[BLOCKS][BLOCK_TOKENS]; /* of q over a block of columns, where a type reads them */
 } split_group;
 
 _Static_assert(sizeof(split_group) == PE_SPLIT_BYTES, "as kernels.h says");
@@ -95,7 +95,8 @@ PE_INLINE void split_columns(const int16_t *const *q, uint8_t (*high)[BLOCK_TOKE
 }
 
 /* Blocks [block0, block1) of a's tokens -> to, all groups of the first block and so on. */
-static void split_tokens(const pe_activations *a, int64_t block0, int64_t block1, void *to)
+static void split_tokens(const pe_activations *a, int with_sums, int64_t block0, int64_t block1,
+                         void *to)
 {
     const int64_t groups = pe_groups(a->cols);
     split_group *out = to;
@@ -106,7 +107,7 @@ static void split_tokens(const pe_activations *a, int64_t block0, int64_t block1
                 int64_t at = pe_min(block * BLOCK_TOKENS + i, a->tokens - 1) * groups + g;
                 q[i] = a->q + at * PE_GROUP;
                 out->s_x[i] = a->scales[at];
-                for (int b = 0; b < BLOCKS && a->sums; b++) {
+                for (int b = 0; b < BLOCKS && with_sums; b++) {
                     const int32_t *sums = a->sums + at * PARTS + 2 * b;
                     out->sums[b][i] = (float)(sums[0] + sums[1]);
                 }
@@ -236,7 +237,7 @@ PE_INLINE void add_blocks_rows(int type, const amx_step *s, int i0, int i1)
     const __m512 s_x = _mm512_load_ps(s->x->s_x);
     const amx_codes *w = s->w;
     __m512 sums[BLOCKS];
-    for (int b = 0; b < BLOCKS; b++)
+    for (int b = 0; b < BLOCKS && has_minimum(type); b++)
         sums[b] = _mm512_load_ps(s->x->sums[b]);
     for (int i = i0; i < i1; i++) {
         fetch_row(type, s, 16 * s->half + i);
