@@ -17,6 +17,7 @@ from kernel_runs import (
     TYPES,
     allowed_columns,
     check,
+    check_shared_input,
     each_of,
     examples,
     ffi,
@@ -177,20 +178,7 @@ class TestMatmulEach:
             random_matrix(rng, kind, rows, 160)
             for kind, rows in (("Q8_0", 40), ("F32", 1), ("INT8", 7), ("BF16", 33))
         ]
-        x = wide(rng, tokens, 160)
-        q, s_x = locked.quantize_activations(x)
-
-        def run(pool, memory):
-            stored = [place_stack(memory, [w]) for w in matrices]
-            a = place_activations(memory, 160, tokens, x=x, q=q, s_x=s_x)
-            y = memory.output(tokens * sum(w.shape[0] for w in matrices))
-            succeed(
-                lib.pe_matmul_shared_input(pool, ffi.new("pe_matrix *[]", stored), len(stored), a, pointer(y))
-            )
-            return y
-
-        parts = [locked.matmul(w, **({"x": x} if w.dense else {"q": q, "s_x": s_x})) for w in matrices]
-        check(run, np.concatenate([part.ravel() for part in parts]))
+        check_shared_input(matrices, wide(rng, tokens, 160))
 
     def test_argument_errors(self):
         memory = Memory("end")

@@ -10,21 +10,7 @@ from pathlib import Path
 import locked_numpy as locked
 import numpy as np
 import pytest
-from kernel_runs import (
-    LEVELS,
-    RUNS,
-    check,
-    ffi,
-    lib,
-    place_activations,
-    place_stack,
-    pointer,
-    product_of,
-    random_matrix,
-    rng_of,
-    succeed,
-    wide,
-)
+from kernel_runs import LEVELS, RUNS, check, check_shared_input, product_of, random_matrix, rng_of, wide
 from locked_numpy import F32, GROUP
 
 from pyengine import _core
@@ -94,20 +80,7 @@ def test_matrices_that_share_tokens(tokens):
     rng = rng_of(93, tokens)
     kinds = ["INT8", "Q4_1", "INT4", "F32", "Q8_0", "Q4_K", "Q5_1", "INT8"]
     matrices = [random_matrix(rng, kind, 9 + 7 * i, 256) for i, kind in enumerate(kinds)]
-    x = wide(rng, tokens, 256)
-    q, s_x = locked.quantize_activations(x)
-
-    def run(pool, memory):
-        stored = [place_stack(memory, [w]) for w in matrices]
-        a = place_activations(memory, 256, tokens, x=x, q=q, s_x=s_x)
-        y = memory.output(tokens * sum(w.shape[0] for w in matrices))
-        succeed(
-            lib.pe_matmul_shared_input(pool, ffi.new("pe_matrix *[]", stored), len(stored), a, pointer(y))
-        )
-        return y
-
-    parts = [locked.matmul(w, **({"x": x} if w.dense else {"q": q, "s_x": s_x})) for w in matrices]
-    check(run, np.concatenate([part.ravel() for part in parts]))
+    check_shared_input(matrices, wide(rng, tokens, 256))
 
 
 REFUSED = """

@@ -362,3 +362,21 @@ def interesting(rng, n):
     uniform = rng.uniform(-110, 95, n)
     scaled = rng.standard_normal(n) * np.exp2(rng.integers(-30, 8, n))
     return np.where(rng.random(n) < 0.5, uniform, scaled).astype(F32)
+
+
+def check_shared_input(matrices, x):
+    """pe_matmul_shared_input of x [tokens, cols]: the products of the matrices, one after another."""
+    tokens, cols = x.shape
+    q, s_x = locked.quantize_activations(x)
+
+    def run(pool, memory):
+        stored = [place_stack(memory, [w]) for w in matrices]
+        a = place_activations(memory, cols, tokens, x=x, q=q, s_x=s_x)
+        y = memory.output(tokens * sum(w.shape[0] for w in matrices))
+        succeed(
+            lib.pe_matmul_shared_input(pool, ffi.new("pe_matrix *[]", stored), len(stored), a, pointer(y))
+        )
+        return y
+
+    parts = [locked.matmul(w, **({"x": x} if w.dense else {"q": q, "s_x": s_x})) for w in matrices]
+    check(run, np.concatenate([part.ravel() for part in parts]))
