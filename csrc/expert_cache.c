@@ -36,6 +36,7 @@ typedef struct {
 
 struct pe_expert_cache {
     int64_t layers, experts, slots, slot_bytes;
+    int64_t limit; /* slots that may hold an expert */
     const pe_expert_layer *layer;
     const int32_t *files;
     int32_t past_cache;
@@ -47,6 +48,8 @@ struct pe_expert_cache {
     int64_t *spare;   /* [slots] the slots without an expert, n_spare of them */
     int64_t n_spare;
     char *memory;     /* [slots, slot_bytes] */
+    void *mapping;    /* what it lies in */
+    size_t mapping_bytes;
 
     /* The current call. */
     int64_t at; /* the layer's first expert */
@@ -160,12 +163,12 @@ static void drop(pe_expert_cache *c, expert *e)
     e->state = ABSENT;
 }
 
-/* A slot that may be overwritten, or NONE.  Among experts that are equal the first gives up. */
-static int64_t free_slot(pe_expert_cache *c)
+/* The expert that gives up its slot before all others, or NULL.  Among equals it is the first. */
+static expert *least_needed(pe_expert_cache *c)
 {
     expert *victim = NULL;
     int64_t victim_time = 0;
-    for (int64_t layer = 0; layer < c->layers && !c->n_spare; layer++) {
+    for (int64_t layer = 0; layer < c->layers; layer++) {
         expert *e = c->all + layer * c->experts;
         const int64_t time = c->time[layer];
         for (const expert *end = e + c->experts; e < end; e++) {
@@ -176,9 +179,21 @@ static int64_t free_slot(pe_expert_cache *c)
             }
         }
     }
-    if (victim)
+    return victim;
+}
+
+static int64_t slots_used(const pe_expert_cache *c) { return c->slots - c->n_spare; }
+
+/* A slot that may be overwritten, or NONE. */
+static int64_t free_slot(pe_expert_cache *c)
+{
+    if (slots_used(c) >= c->limit) {
+        expert *victim = least_needed(c);
+        if (!victim)
+            return NONE;
         drop(c, victim);
-    return c->n_spare ? c->spare[--c->n_spare] : NONE;
+    }
+    return c->spare[--c->n_spare];
 }
 
 /* Asks for the call's experts in order, as far as there are slots. */
@@ -336,22 +351,33 @@ static int64_t most_requests(int64_t layers, int64_t experts, const pe_expert_la
     return most * experts;
 }
 
+/* Addresses for all slots, which cost nothing until a slot is filled: the limit bounds the memory. */
+static int reserve(pe_expert_cache *c)
+{
+    c->mapping_bytes = (size_t)(c->slots * c->slot_bytes) + HUGE_PAGE;
+    c->mapping = mmap(NULL, c->mapping_bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (c->mapping == MAP_FAILED) {
+        c->mapping = NULL;
+        return -1;
+    }
+    c->memory = (char *)c->mapping + (HUGE_PAGE - (uintptr_t)c->mapping % HUGE_PAGE) % HUGE_PAGE;
+#if defined(MADV_HUGEPAGE)
+    madvise(c->memory, (size_t)(c->slots * c->slot_bytes), MADV_HUGEPAGE);
+#endif
+    return 0;
+}
+
 static int allocate(pe_expert_cache *c)
 {
-    void *memory = NULL;
     c->all = calloc((size_t)(c->layers * c->experts), sizeof *c->all);
     c->tokens = calloc((size_t)c->layers, sizeof *c->tokens);
     c->time = calloc((size_t)c->layers, sizeof *c->time);
     c->spare = calloc((size_t)c->slots, sizeof *c->spare);
     c->queue =
         calloc((size_t)most_requests(c->layers, c->experts, c->layer) + 1, sizeof *c->queue);
-    if (!c->all || !c->tokens || !c->time || !c->spare || !c->queue ||
-        posix_memalign(&memory, HUGE_PAGE, (size_t)(c->slots * c->slot_bytes)))
+    if (!c->all || !c->tokens || !c->time || !c->spare || !c->queue || reserve(c))
         return -1;
-    c->memory = memory;
-#if defined(MADV_HUGEPAGE)
-    madvise(memory, (size_t)(c->slots * c->slot_bytes), MADV_HUGEPAGE);
-#endif
     for (int64_t i = 0; i < c->layers * c->experts; i++)
         c->all[i].slot = NONE;
     for (c->n_spare = 0; c->n_spare < c->slots; c->n_spare++) /* the first slot is taken first */
@@ -372,7 +398,7 @@ pe_expert_cache *pe_expert_cache_new(int64_t layers, int64_t experts, const pe_e
     c->layers = layers;
     c->experts = experts;
     c->layer = layer;
-    c->slots = pe_min(slots, layers * experts);
+    c->slots = c->limit = pe_min(slots, layers * experts);
     c->slot_bytes = slot_bytes;
     c->files = files;
     c->past_cache = past_cache;
@@ -406,13 +432,28 @@ void pe_expert_cache_free(pe_expert_cache *c)
         pthread_cond_destroy(&c->done);
         pthread_mutex_destroy(&c->mutex);
     }
-    free(c->memory);
+    if (c->mapping)
+        munmap(c->mapping, c->mapping_bytes);
     free(c->queue);
     free(c->spare);
     free(c->time);
     free(c->tokens);
     free(c->all);
     free(c);
+}
+
+void pe_expert_cache_limit(pe_expert_cache *c, int64_t slots)
+{
+    pthread_mutex_lock(&c->mutex);
+    c->limit = slots < 1 ? 1 : pe_min(slots, c->slots);
+    while (slots_used(c) > c->limit) {
+        drop(c, least_needed(c));
+#if defined(MADV_DONTNEED)
+        char *slot = c->memory + c->spare[c->n_spare - 1] * c->slot_bytes;
+        madvise(slot, (size_t)c->slot_bytes, MADV_DONTNEED);
+#endif
+    }
+    pthread_mutex_unlock(&c->mutex);
 }
 
 void pe_expert_cache_counts(pe_expert_cache *c, pe_expert_counts *counts)

@@ -436,6 +436,7 @@ int64_t pe_experts_scratch_bytes(int64_t tokens, int64_t hidden, int64_t num_exp
 /* ---- experts that are read when they are chosen ---------------------------------------------- */
 
 /* A cache of experts: `slots` blocks of memory, each with room for one expert of one of its layers.
+ * A limit says how many of them may hold one; memory is taken when a slot is filled.
  * pe_experts asks for the chosen experts that are not in memory, PE_AHEAD of them at once, and
  * computes the shared expert and the experts that are in memory meanwhile.  What is in memory changes
  * no bit.
@@ -447,14 +448,15 @@ int64_t pe_experts_scratch_bytes(int64_t tokens, int64_t hidden, int64_t num_exp
  * through it, each token as PE_HEAT.  After each PE_HALF_LIFE tokens of a layer its time and its
  * experts' heat are halved, rounded down.  A call of pe_experts with n tokens first does that (more
  * than once, if n is large), then adds n to the time, and to the heat.  A missing expert takes a slot
- * that is empty, or else the slot of the expert with the least heat / time of its layer; among
- * equals, of the one whose last use is the longest ago (in calls); among these, of the first one.
- * Heat without time would not do: a prompt passes layer by layer, and those that it has passed would
- * look hotter than those to come, which would lose their experts just before they are needed.  The experts of the call that are in memory, and those
- * that were asked for and are not computed yet, keep their slots.  Experts that are in memory are
- * computed first; the missing ones are asked for, and computed, by ascending index.  Each expert that
- * is computed makes room for the next one, so that a long prompt, which needs nearly all experts of
- * a layer, takes few slots from the other layers. */
+ * that is empty, where the limit allows it, or else the slot of the expert with the least heat / time
+ * of its layer; among equals, of the one whose last use is the longest ago (in calls); among these, of
+ * the first one.  Heat without time would not do: a prompt passes layer by layer, and those that it has
+ * passed would look hotter than those to come, which would lose their experts just before they are
+ * needed.  The experts of the call that are in memory, and those that were asked for and are not
+ * computed yet, keep their slots.  Experts that are in memory are computed first; the missing ones are
+ * asked for, and computed, by ascending index.  Each expert that is computed makes room for the next
+ * one, so that a long prompt, which needs nearly all experts of a layer, takes few slots from the other
+ * layers. */
 #define PE_PAGE 4096
 #define PE_AHEAD 32
 #define PE_HEAT 256
@@ -498,6 +500,11 @@ pe_expert_cache *pe_expert_cache_new(int64_t layers, int64_t experts, const pe_e
                                      int64_t slots, int64_t slot_bytes, const int32_t *files,
                                      int32_t past_cache, int32_t threads);
 void pe_expert_cache_free(pe_expert_cache *cache);
+
+/* So many slots may hold an expert from now on, at least 1 and at most those that the cache was made
+ * with, which is what it begins with.  Experts above that give up their slots, by the policy, and the
+ * memory of these goes back to the system.  Not during a call of pe_experts. */
+void pe_expert_cache_limit(pe_expert_cache *cache, int64_t slots);
 
 /* Since the cache was made. */
 typedef struct {

@@ -6,6 +6,8 @@ quick.
 
 from __future__ import annotations
 
+from functools import partial
+
 from .decoder import LOCKED_ARITHMETICS
 from .errors import InputError
 
@@ -32,8 +34,9 @@ def load(
     check       read every weight scale once and refuse a NaN or infinity, naming the tensor; an expert's
                 when the expert is read for the first time, if not all of them stay in memory
     memory      bytes for the weights, of the locked arithmetic; None: what is available, less the state of
-                `context` tokens; where not all fit, a tenth is left to other programs.  Routed experts that
-                do not fit are read when they are chosen: decoder/residency.py.  It changes no bit.
+                `context` tokens; where not all fit, a tenth is left to other programs, and the bound follows
+                what they take and give back.  Routed experts that do not fit are read when they are chosen:
+                decoder/residency.py.  It changes no bit.
 
     The model has `forward(ids, state=None) -> logits [T, vocab] float32`, `new_state()`, `config`, and
     `generate(prompt or messages)` (generate.py).
@@ -53,8 +56,11 @@ def load(
         if check:
             checkpoint.check_finite()
         return ReferenceTextModel(checkpoint)
-    plan = plan_memory(checkpoint, memory, context=context, chunk=chunk, arithmetic=arithmetic)
+    plan_now = partial(plan_memory, checkpoint, memory, context=context, chunk=chunk, arithmetic=arithmetic)
+    plan = plan_now()
     read_in(checkpoint, experts=plan is None)
     if check:
         checkpoint.check_finite(experts=plan is None)
-    return LockedTextModel(checkpoint, threads, pin, chunk, arithmetic, plan, check)
+    if memory is not None:
+        plan_now = None
+    return LockedTextModel(checkpoint, threads, pin, chunk, arithmetic, plan, check, plan_now)

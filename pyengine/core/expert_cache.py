@@ -62,8 +62,9 @@ class Counts:
 
 
 class ExpertCache:
-    """`slots` experts of some layers in memory; freed with the object.
+    """At most `slots` experts of some layers in memory; freed with the object.
 
+    limit       experts that may be in memory now: `slots`, until `set_limit` says otherwise
     files       descriptors that outlive the cache
     past_cache  whether they were opened to be read past the page cache
     A cache serves one caller at a time, as a `Pool` does.
@@ -79,7 +80,7 @@ class ExpertCache:
     ):
         self.experts = len(layers[0].places)
         self.slot_bytes = max(layer.slot_bytes for layer in layers)
-        self.slots = min(slots, len(layers) * self.experts)
+        self.slots = self.limit = min(slots, len(layers) * self.experts)
         self.shape = len(layers), self.experts
         self._keep: list = []
         table = ffi.new("pe_expert_layer[]", len(layers))
@@ -114,6 +115,11 @@ class ExpertCache:
         row.places = pointers[1]
         row.n_words = len(words)
         row.words = ffi.cast("pe_scale_words *", pointers[2])
+
+    def set_limit(self, slots: int) -> None:
+        """From now on at most so many experts, at least 1; others give up their memory at once."""
+        self.limit = max(1, min(slots, self.slots))
+        lib.pe_expert_cache_limit(self.pointer, self.limit)
 
     def counts(self) -> Counts:
         """Since the cache was made."""

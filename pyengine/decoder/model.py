@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +15,7 @@ from ..checkpoint.config import LINEAR
 from ..core import ops
 from ..core.tape import Tape
 from ..core.threads import Pool
-from ..errors import InputError
+from ..errors import InputError, PyengineError
 from ..ids import as_chunk, as_ids
 from . import LOCKED_ARITHMETICS as LOCKED_ARITHMETICS
 from .attention import Attention
@@ -23,9 +23,10 @@ from .delta_net import DeltaNet
 from .experts import SparseMoe
 from .head import Screen, screen_of
 from .linear import Linear
+from .memory_watch import MemoryWatch
 from .mlp import Mlp
 from .norm import Norm
-from .residency import ExpertCaches, MemoryPlan, with_dense_weights_kept
+from .residency import ExpertCaches, MemoryPlan, read_in, with_dense_weights_kept
 from .state import CACHE_DTYPES, State
 
 DEFAULT_CHUNK = 512  # tokens: bounds the scratch of a long prompt
@@ -75,7 +76,7 @@ class OneToken:
 
     def __init__(self, model: LockedModel, layers: list[list], embedding: np.ndarray, positions: list[int]):
         """layers: of each state; embedding float32 [n, hidden] of the tokens at `positions`."""
-        self.model, self.layers = weakref.proxy(model), layers
+        self.model, self.layers, self.weights = weakref.proxy(model), layers, model.layers
         self.embedding, self.tape, self.head = embedding, Tape(), Tape()
         rows = [slice(i, i + 1) for i in range(len(layers))]
         self.rope_table = model._rope_table(rows, positions)
@@ -86,7 +87,9 @@ class OneToken:
             self.logits = model.lm_head(self.normed)
 
     def is_of(self, states: list[State]) -> bool:
-        """`restore` gives a state other layers."""
+        """`restore` gives a state other layers; a model whose weights moved has other ones, too."""
+        if self.weights is not self.model.layers:
+            return False
         return len(states) == len(self.layers) and all(s.layers is own for s, own in zip(states, self.layers))
 
     def replay(self, embedding: np.ndarray, positions: list[int], largest: int | None) -> np.ndarray:
@@ -114,7 +117,8 @@ class LockedModel:
     """`forward` and `new_state`, as every model of this package; `config`, `arithmetic`, `pool`.
 
     plan: which weights stay in memory (residency.py); None: all of them.  check_experts: whether an expert's
-    scales are checked when it is read for the first time.
+    scales are checked when it is read for the first time.  plan_now: gives the plan for the memory that is
+    available then; asked when the system takes mapped weights away (memory_watch.py); None: they stay mapped.
     replays: whether the calls of a single token are recorded and replayed, to the same bits; without
     it every operation goes through Python, where it can be timed or watched.
     screens: whether a forward pass that needs the largest logits alone may read less than the whole head,
@@ -130,30 +134,36 @@ class LockedModel:
         arithmetic: str = "locked",
         plan: MemoryPlan | None = None,
         check_experts: bool = True,
+        plan_now: Callable[[], MemoryPlan | None] | None = None,
     ):
         self.arithmetic = arithmetic
         self.cache_dtype = CACHE_DTYPES[arithmetic]
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.chunk = chunk
         self.pool = Pool(threads, pin)
-        if plan is not None:
-            checkpoint = with_dense_weights_kept(checkpoint)
-        tensors = checkpoint.tensors
-        self.embed_tokens = tensors["model.embed_tokens.weight"]
-        self.layers = [DecoderLayer(self.pool, checkpoint, i) for i in range(self.config.num_hidden_layers)]
-        self.norm = Norm(self.pool, tensors["model.norm.weight"], self.config.rms_norm_eps)
-        self.lm_head = Linear(self.pool, tensors["lm_head.weight"])
-        self.lm_head.name = "lm_head"  # a tied one is called model.embed_tokens in the file
         self.inv_freq = self.config.inv_freq()
-        self.experts_in_memory = None  # all of them
-        if plan is not None:
-            experts = {i: layer.mlp.experts for i, layer in enumerate(self.layers) if layer.has_experts}
-            self.experts_in_memory = ExpertCaches(self.checkpoint, plan, experts, check_experts)
+        self.experts_in_memory: ExpertCaches | None = None  # all of them
+        self._place_weights(plan, check_experts)
+        self._watch = None if plan_now is None else MemoryWatch(plan_now)
         self.replays = self.screens = True
         self.head_screen: Screen | None = None
         self._asked_for_screen = False
         # By the first sequence's state, and gone with it: a state is data and does not hold the model.
         self._one_token: WeakKeyDictionary[State, OneToken] = WeakKeyDictionary()
+
+    def _place_weights(self, plan: MemoryPlan | None, check_experts: bool) -> None:
+        """The modules, of mapped weights, or as the plan says: to the same bits."""
+        checkpoint = self.checkpoint if plan is None else with_dense_weights_kept(self.checkpoint)
+        tensors = checkpoint.tensors
+        layers = [DecoderLayer(self.pool, checkpoint, i) for i in range(self.config.num_hidden_layers)]
+        if plan is not None:
+            experts = {i: layer.mlp.experts for i, layer in enumerate(layers) if layer.has_experts}
+            self.experts_in_memory = ExpertCaches(self.checkpoint, plan, experts, check_experts)
+        self.layers = layers
+        self.embed_tokens = tensors["model.embed_tokens.weight"]
+        self.norm = Norm(self.pool, tensors["model.norm.weight"], self.config.rms_norm_eps)
+        self.lm_head = Linear(self.pool, tensors["lm_head.weight"])
+        self.lm_head.name = "lm_head"  # a tied one is called model.embed_tokens in the file
 
     def new_state(self) -> State:
         return State(self.config, np.float32, self.cache_dtype)
@@ -227,10 +237,12 @@ class LockedModel:
         logits = [np.empty((count, self.config.vocab_size), np.float32) for count in rows]
         with self.pool.lock, self._explaining_errors():
             if all(len(one) == 1 for one in ids) and len(ids) <= chunk and not record and self.replays:
+                self._follow_memory(len(ids))
                 for one, row in zip(logits, self._next_tokens(np.concatenate(ids), states, largest)):
                     one[:] = row
                 return logits
             for parts in _passes([len(one) for one in ids], chunk):
+                self._follow_memory(sum(end - first for _, first, end in parts))
                 self._pass(parts, ids, states, logits, last_only, record)
         return logits
 
@@ -250,6 +262,7 @@ class LockedModel:
             states = {i: states.get(i) or self.new_state() for i, *_ in parts}
             with self.pool.lock, self._explaining_errors():
                 inputs, places = _joined(parts, sequences)
+                self._follow_memory(len(inputs))
                 hidden = self._hidden(inputs, places, list(states.values()), None)
             for start in range(0, len(hidden), rows):
                 with self.pool.lock:
@@ -259,9 +272,33 @@ class LockedModel:
                     if begin < end:
                         yield i, first + begin - place.start, logits[begin - start : end - start]
 
+    @contextlib.contextmanager
     def _explaining_errors(self):
-        caches = self.experts_in_memory
-        return contextlib.nullcontext() if caches is None else caches.explaining_errors()
+        try:
+            yield
+        except PyengineError:
+            if self.experts_in_memory is None:
+                raise
+            with self.experts_in_memory.explaining_errors():
+                raise
+
+    def _follow_memory(self, tokens: int) -> None:
+        """Before a pass of so many tokens: what stays in memory follows what the machine has."""
+        if self.experts_in_memory is not None:
+            self.experts_in_memory.follow()
+        elif self._watch is not None:
+            plan = self._watch.plan(tokens)
+            if plan is not None:
+                self._read_experts(plan)
+
+    def _read_experts(self, plan: MemoryPlan) -> None:
+        """From now on, instead of mapping them; where that is not possible, they stay mapped."""
+        try:
+            read_in(self.checkpoint, experts=False, shown=False)
+            self._place_weights(plan, False)
+        except (PyengineError, OSError, MemoryError):
+            self._watch = None
+        self.head_screen = None  # every byte that is left is an expert's
 
     def _pass(self, parts, ids, states, logits, last_only, record) -> None:
         """One piece of work: parts [(sequence, first token, end)]; advances these sequences' states."""

@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import mmap
 import os
+import time
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.names import is_routed_expert
 from ..checkpoint.summary import stored_bytes
 from ..checkpoint.tensor import JoinedTensor, Tensor
-from ..core.expert_cache import PAGE, Counts, ExpertCache
+from ..core.expert_cache import PAGE, Counts, ExpertCache, ExpertLayer
 from ..core.matrices import Experts
 from ..core.memory import available_memory
 from ..errors import InputError, PyengineError
@@ -56,6 +57,7 @@ SPARE = 256 << 20  # bytes for Python, NumPy, the vocabulary and the embedding's
 # Of what is available, slots leave one part in so many to other programs.  When memory is short, the system
 # drops mapped weights; it cannot drop slots, and ends the process (seen on 24 GiB, beside a type checker).
 LEFT = 10
+LOOK_EVERY = 0.25  # seconds between two looks at what is available, which take 0.2 ms
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,15 @@ class MemoryPlan:
     always   what every token uses
     experts  all routed experts
     memory   for both together, at most
+    others   of what was available, left to other programs; 0: memory is what the caller gave, and stays
+    state    of what was available, set aside for the state
     """
 
     always: int
     experts: int
     memory: int
+    others: int = 0
+    state: int = 0
 
     @property
     def share(self) -> float:
@@ -136,12 +142,13 @@ def _plan_of_available(checkpoint, always, experts, context, chunk, arithmetic) 
     available = available_memory() - SPARE
     if not experts or always + experts <= beside_state(context or CONTEXT_MAPPED):
         return None
-    memory = beside_state(context or CONTEXT_READ) - available // LEFT
+    others = available // LEFT
+    memory = beside_state(context or CONTEXT_READ) - others
     try:
         enough = always + least_for_experts(checkpoint) <= memory
     except InputError:  # weights that are not in the file as the engine reads them
         enough = False
-    return MemoryPlan(always, experts, memory) if enough else None
+    return MemoryPlan(always, experts, memory, others, available - memory - others) if enough else None
 
 
 def _size(nbytes: int) -> str:
@@ -196,7 +203,8 @@ class ExpertCaches:
     """The experts of all layers in one `ExpertCache`, or where their sizes differ in one for each size.
 
     Each size gets the experts of one token, and of the other memory its share.  Making the object
-    lets each layer's `Experts` read from its cache.
+    lets each layer's `Experts` read from its cache.  memory: of the plan, or where that leaves memory to
+    others, what `follow` made of it.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: MemoryPlan, experts: dict[int, Experts], check: bool):
@@ -211,21 +219,69 @@ class ExpertCaches:
         by_size = defaultdict(list)
         for index, layer in expert_layers(checkpoint, check).items():
             by_size[layer.slot_bytes].append((index, layer))
-        total = sum(size * len(layers) for size, layers in by_size.items())
-        least = checkpoint.config.num_experts_per_tok
-        rest = plan.memory - plan.always - least * sum(by_size)
+        self.memory, self._look_at = plan.memory, 0.0
+        self._layers = {size: len(layers) for size, layers in by_size.items()}
         self.caches, self._indices = [], []
         for layers in by_size.values():
-            slots = least + max(0, rest) * len(layers) // total
-            cache = ExpertCache([layer for _, layer in layers], slots, self._files, past_cache)
+            cache = self._new_cache([layer for _, layer in layers], past_cache)
             for place, (index, _) in enumerate(layers):
                 experts[index].read_from(cache, place)
             self.caches.append(cache)
             self._indices.append([index for index, _ in layers])
 
+    def _new_cache(self, layers: list[ExpertLayer], past_cache: bool) -> ExpertCache:
+        slots = self._slots(len(layers))
+        if self.plan.others:  # the bound may grow
+            with contextlib.suppress(PyengineError):  # the system has no addresses for all of them
+                cache = ExpertCache(layers, len(layers) * len(layers[0].places), self._files, past_cache)
+                cache.set_limit(slots)
+                return cache
+        return ExpertCache(layers, slots, self._files, past_cache)
+
+    def _slots(self, layers: int) -> int:
+        """For so many layers whose experts have one size."""
+        return self._top_k + max(0, self.memory - self._least) * layers // self._layer_bytes
+
+    @property
+    def _layer_bytes(self) -> int:
+        """Of one expert of every layer."""
+        return sum(size * count for size, count in self._layers.items())
+
+    @property
+    def _top_k(self) -> int:
+        return self._checkpoint.config.num_experts_per_tok
+
+    @property
+    def _least(self) -> int:
+        return self.plan.always + self._top_k * sum(self._layers)
+
     @property
     def nbytes(self) -> int:
-        return sum(cache.slots * cache.slot_bytes for cache in self.caches)
+        """Of the slots, filled or not."""
+        return sum(cache.limit * cache.slot_bytes for cache in self.caches)
+
+    def follow(self) -> None:
+        """Let the bound follow the memory that the machine has, unless the caller gave it.
+
+        It falls, by what is lacking, when half of what was left to other programs is gone.  It rises again
+        when more is available than was left to them and to the state.
+        """
+        if not self.plan.others or time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_EVERY
+        filled = sum(cache.counts().resident * cache.slot_bytes for cache in self.caches)
+        free = available_memory() - (self.nbytes - filled)
+        left = self.plan.others + self.plan.state
+        if free < self.plan.others // 2:
+            change = free - self.plan.others
+        elif free > left + 2 * SPARE:
+            change = free - left - SPARE
+        else:
+            return
+        every = self._least + self._layer_bytes * self._checkpoint.config.num_experts
+        self.memory = max(self._least, min(self.memory + change, every))
+        for cache, layers in zip(self.caches, self._layers.values()):
+            cache.set_limit(self._slots(layers))
 
     def counts(self) -> Counts:
         """Since the model was loaded."""
@@ -274,10 +330,11 @@ def _close_files(files: list[int]) -> None:
 # ---- reading in ----------------------------------------------------------------------------------
 
 
-def read_in(checkpoint: Checkpoint, experts: bool) -> None:
-    """Read what tokens will use and the page cache lacks: once, in the order of the files, with a bar.
+def read_in(checkpoint: Checkpoint, experts: bool, shown: bool = True) -> None:
+    """Read what tokens will use and the page cache lacks: once, in the order of the files.
 
     experts: the routed ones too.  Without them nothing around a row of the embedding will be read.
+    shown: with a bar.
     """
     wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for name, tensor in checkpoint.tensors.items():
@@ -299,10 +356,12 @@ def read_in(checkpoint: Checkpoint, experts: bool) -> None:
             checkpoint.file.maps[i].expect_single_pages(*ranges[0])
     if not missing:
         return  # without a bar, whose locks take longer to import than a small model to load
-    with progress(sum(stop - start for _, start, stop in missing), "reading") as bar:
+    total = sum(stop - start for _, start, stop in missing)
+    with progress(total, "reading") if shown else contextlib.nullcontext() as bar:
         for mapped, start, stop in missing:
             mapped.read_in(start, stop)
-            bar.update(stop - start)
+            if bar is not None:
+                bar.update(stop - start)
 
 
 def _add_range(array, maps, wanted) -> None:

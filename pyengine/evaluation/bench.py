@@ -15,6 +15,7 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +135,10 @@ def run(
     if repetitions < 1:
         raise InputError(f"repetitions: want at least 1, got {repetitions}")
     checkpoint = open_checkpoint(path)
-    plan = plan_memory(checkpoint, memory, context=max(map(sum, tests)), chunk=chunk, arithmetic=arithmetic)
+    plan_now = partial(
+        plan_memory, checkpoint, memory, context=max(map(sum, tests)), chunk=chunk, arithmetic=arithmetic
+    )
+    plan, again = plan_now(), plan_now if memory is None else None
     read_in(checkpoint, experts=plan is None)
     checkpoint.check_finite(experts=plan is None)
     results, model = [], None
@@ -142,7 +146,9 @@ def run(
     with progress(runs, "bench", "run") as bar:
         for count in threads:
             del model  # with its experts, before the next model has its own
-            model = LockedModel(checkpoint, count, chunk=chunk, arithmetic=arithmetic, plan=plan)
+            model = LockedModel(
+                checkpoint, count, chunk=chunk, arithmetic=arithmetic, plan=plan, plan_now=again
+            )
             for test in tests:
                 before = read_bandwidth(model.pool.threads)
                 samples, size, reading = _time(model, *test, repetitions, fill, bar.update)
@@ -287,7 +293,7 @@ def _reading(model, reading: Reading | None, tokens: int, ns: int) -> dict:
         names = "memory expert_hit_rate missed_bytes_per_token read_bytes_per_token waiting_share"
         return dict.fromkeys(names.split())
     return {
-        "memory": model.experts_in_memory.plan.memory,
+        "memory": model.experts_in_memory.memory,
         "expert_hit_rate": reading.experts.hit_rate,
         "missed_bytes_per_token": reading.experts.asked_bytes / tokens,
         "read_bytes_per_token": None if reading.disk is None else reading.disk / tokens,

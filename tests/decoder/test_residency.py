@@ -21,7 +21,7 @@ from pyengine.checkpoint.open import open_checkpoint
 from pyengine.checkpoint.summary import stored_bytes
 from pyengine.cli import main
 from pyengine.core.expert_cache import PAGE
-from pyengine.decoder import residency
+from pyengine.decoder import memory_watch, residency
 from pyengine.decoder.expert_layout import expert_layers
 from pyengine.errors import CheckpointError, FileFormatError, InputError, PyengineError
 from pyengine.quantizer.quantize import quantize
@@ -263,6 +263,181 @@ class TestTheDefault:
         assert residency.plan_memory(checkpoint, chunk=1) is None
         memory = residency.plan_memory(checkpoint, chunk=1, context=32_768).memory
         assert memory == available - available // 10 - states[1]
+
+
+def room_for(monkeypatch, checkpoint, share):
+    """Available from now on: the state of 2 tokens and this share of the experts have room."""
+    state = residency.footprint(checkpoint, 2, 1, 1)["total"]
+    always, low = residency.weights_always_used(checkpoint), residency.least_for_experts(checkpoint)
+    experts = sum(stored_bytes(t) for name, t in checkpoint.tensors.items() if ".mlp.experts." in name)
+    memory = always + max(low, int(share * experts))
+    available = -(-(memory + state) * residency.LEFT // (residency.LEFT - 1)) + residency.SPARE
+    monkeypatch.setattr(residency, "available_memory", lambda: available)
+    return available
+
+
+class TestABoundThatFollowsTheMachine:
+    """available_memory says what the test wants; a model's own slots are taken from it when they are full."""
+
+    def load(self, monkeypatch, path, share=0.5):
+        monkeypatch.setattr(residency, "LOOK_EVERY", 0.0)
+        available = room_for(monkeypatch, open_checkpoint(path), share)
+        model = pyengine.load(path, threads=2, context=2, chunk=1)
+        caches = model.experts_in_memory
+        assert caches.memory == caches.plan.memory and 0 < caches.plan.others <= available // residency.LEFT
+        return model, caches, available - caches.plan.always
+
+    def filled(self, caches):
+        return sum(cache.counts().resident * cache.slot_bytes for cache in caches.caches)
+
+    @settings(max_examples=8, deadline=None)
+    @given(
+        st.sampled_from(["slice", "mixed", "int4"]), st.lists(st.floats(-2.0, 2.0), min_size=1, max_size=6)
+    )
+    def test_bits_and_bound(self, paths, wanted, name, shares):
+        """Others take and give back memory, as shares of the experts; nothing else may change."""
+        with pytest.MonkeyPatch.context() as patch:
+            model, caches, free = self.load(patch, paths[name])
+            ids, logits = wanted[name]
+            low, state = least(paths[name]), model.new_state()
+            for start, stop in zip(range(0, LENGTH, 2), range(2, LENGTH + 1, 2)):
+                taken = int(shares[start // 2 % len(shares)] * caches.plan.experts)
+                patch.setattr(residency, "available_memory", lambda taken=taken: max(0, free - taken))
+                got = model.forward(ids[0][start:stop], state)
+                assert same(got, logits[0][start:stop])
+                assert caches.plan.always + caches.nbytes <= max(low, caches.memory)
+                assert self.filled(caches) <= caches.nbytes
+
+    def test_what_it_becomes(self, paths, monkeypatch):
+        model, caches, free = self.load(monkeypatch, paths["slice"])
+        plan, before = caches.plan, caches.nbytes
+
+        def forward(available):
+            """available: with no slot filled."""
+            monkeypatch.setattr(residency, "available_memory", lambda: int(available) - self.filled(caches))
+            model.forward([5])
+            return caches.memory
+
+        assert forward(free) == plan.memory and caches.nbytes == before
+        # Others take less than half of what was left to them, and then more.
+        half = plan.others // 2
+        assert forward(before + half) == plan.memory
+        assert forward(before + half - 1) == plan.memory - (plan.others - half + 1)
+        assert caches.nbytes < before
+        assert forward(0) == least(paths["slice"])
+        assert sum(cache.limit for cache in caches.caches) == model.config.num_experts_per_tok
+        # They give it back, and more.
+        everything = 16 * len(model.layers)
+        forward(1 << 40)
+        assert sum(cache.limit for cache in caches.caches) == everything
+        for token in range(200):
+            model.forward([token])
+        counts = caches.counts()
+        model.forward([3])
+        assert (caches.counts() - counts).misses == 0
+
+    def test_a_bound_that_was_given_stays(self, paths, monkeypatch):
+        model = pyengine.load(paths["slice"], memory=least(paths["slice"]))
+        monkeypatch.setattr(residency, "available_memory", lambda: 1 << 40)
+        caches = model.experts_in_memory
+        before = caches.nbytes
+        model.forward([1])
+        assert caches.nbytes == before and caches.memory == least(paths["slice"])
+
+    def test_a_system_without_addresses_for_all(self, paths, wanted, monkeypatch):
+        made = residency.ExpertCache
+
+        def strict(layers, slots, *others):
+            if slots >= len(layers) * 16:
+                raise PyengineError("could not be set aside")
+            return made(layers, slots, *others)
+
+        monkeypatch.setattr(residency, "ExpertCache", strict)
+        model, caches, _ = self.load(monkeypatch, paths["slice"])
+        monkeypatch.setattr(residency, "available_memory", lambda: 1 << 40)
+        assert same(model.forward(wanted["slice"][0][0]), wanted["slice"][1][0])
+        assert all(cache.limit == cache.slots < 16 * len(model.layers) for cache in caches.caches)
+
+
+class TestMappedWeightsThatTheSystemTakesAway:
+    def load(self, monkeypatch, path, **options):
+        """-> the model; faults: the reads from the disk that a pass will cost."""
+        self.faults = self.total = 0
+
+        def disk_faults():
+            self.total += self.faults
+            return self.total
+
+        monkeypatch.setattr(memory_watch, "disk_faults", disk_faults)
+        model = pyengine.load(path, threads=2, context=2, chunk=1, **options)
+        assert model.experts_in_memory is None
+        return model
+
+    def test_the_experts_are_read_from_then_on(self, paths, wanted, monkeypatch):
+        """In the middle of two sequences, to the same bits."""
+        for name in ("slice", "mixed", "int4", "apart"):
+            model = self.load(monkeypatch, paths[name])
+            ids, logits = wanted[name]
+            states = [model.new_state() for _ in ids]
+            for at in range(LENGTH):
+                if at == 5:
+                    self.faults = memory_watch.FAULTS + 1
+                    room_for(monkeypatch, model.checkpoint, 0.5)
+                for one, state, want in zip(ids, states, logits):
+                    (got,) = model.forward([one[at]], state)
+                    assert same(got, want[at])
+            assert model.experts_in_memory.counts().misses > 0
+            monkeypatch.undo()
+
+    def test_in_a_batch_and_with_the_largest_logits_alone(self, paths, wanted, monkeypatch):
+        model = self.load(monkeypatch, paths["slice"])
+        ids, logits = wanted["slice"]
+        alone, (first, second) = model.new_state(), [model.new_state() for _ in range(2)]
+        model.forward([ids[2][0]], alone)
+        model.forward([ids[2][1]], alone, largest=1)
+        self.faults = memory_watch.FAULTS * 3
+        room_for(monkeypatch, model.checkpoint, 0.5)
+        for at in range(LENGTH):
+            got = model.forward_batch([([ids[0][at]], first), ([ids[1][at]], second)])
+            assert same(got[0][0], logits[0][at]) and same(got[1][0], logits[1][at])
+        assert model.experts_in_memory is not None
+        assert same(model.complete_logits(alone), logits[2][1])
+        model.forward([ids[2][2]], alone, largest=1)
+        assert same(model.complete_logits(alone), logits[2][2])
+
+    def test_what_has_room_stays_mapped(self, paths, monkeypatch):
+        """After a pause, or in a prompt, many reads mean nothing."""
+        model, asked = self.load(monkeypatch, paths["slice"]), []
+        monkeypatch.setattr(model._watch, "plan_now", lambda: asked.append(1))
+        self.faults = memory_watch.FAULTS
+        for _ in range(3 * memory_watch.PASSES):
+            model.forward([1])
+        assert not asked
+        self.faults += 1
+        for _ in range(memory_watch.PASSES + memory_watch.PATIENCE):
+            model.forward([1])
+        assert len(asked) == 1 and model.experts_in_memory is None
+
+    def test_a_bound_that_was_given_stays(self, paths, monkeypatch):
+        model = self.load(monkeypatch, paths["slice"], memory=1 << 40)
+        self.faults = 1000
+        room_for(monkeypatch, model.checkpoint, 0.5)
+        for _ in range(3 * memory_watch.PASSES):
+            model.forward([1])
+        assert model.experts_in_memory is None
+
+    def test_a_file_that_was_replaced_stays_mapped(self, tmp_path, monkeypatch):
+        path = tmp_path / "model.gguf"
+        path.write_bytes((GOLDEN / "pattern31.gguf").read_bytes())
+        model = self.load(monkeypatch, path)
+        want = model.forward([1, 2, 3])
+        (tmp_path / "other").write_bytes(b"other")
+        os.replace(tmp_path / "other", path)
+        self.faults = 1000
+        room_for(monkeypatch, model.checkpoint, 0.5)
+        for _ in range(3 * memory_watch.PASSES):
+            assert same(model.forward([1, 2, 3]), want)
+        assert model.experts_in_memory is None
 
 
 READ_IN = """

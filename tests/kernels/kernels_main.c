@@ -673,11 +673,13 @@ static int32_t experts_from(pe_pool *pool, int index, int cached)
     if (!cached || reference || !w.gate.scales != !w.down.scales)
         return pe_experts(pool, &w, &a, selected, weights, top_k, shared_expert_gate, y, &trace);
     cached_experts c;
-    open_cache(&c, &w, 1 + index % EXPERTS);
+    open_cache(&c, &w, EXPERTS);
     w.cache = c.cache;
     int32_t status = PE_OK;
-    for (int i = 0; i < 3 && !status; i++) /* the second time some experts are there */
+    for (int i = 0; i < 3 && !status; i++) { /* the second time some experts are there */
+        pe_expert_cache_limit(c.cache, 1 + (index + i) % EXPERTS);
         status = pe_experts(pool, &w, &a, selected, weights, top_k, shared_expert_gate, y, &trace);
+    }
     pe_expert_cache_free(c.cache);
     fclose(c.file);
     return status;

@@ -102,13 +102,20 @@ def models(tmp_path_factory):
 
 
 def run_calls(models, layers, experts, slots, calls, apart=False, past_cache=True):
-    """calls: [(layer, tokens, top_k, seed)]: bits, counts and what is in memory after each."""
+    """calls: [(layer, tokens, top_k, seed, limit)]: bits, counts and what is in memory after each.
+
+    limit: set before the call, unless it is None.
+    """
     model = models(layers, experts, apart)
     cache, streamed = model.cache(slots, past_cache)
     plain = PlainPolicy(layers, experts, slots, AHEAD, HEAT, HALF_LIFE)
     in_memory = [model.weights(i) for i in range(layers)]
     try:
-        for layer, tokens, top_k, seed in calls:
+        for layer, tokens, top_k, seed, limit in calls:
+            if limit is not None:
+                cache.set_limit(limit)
+                plain.set_limit(limit)
+                assert cache.counts().resident == len(plain.memory) <= cache.limit == plain.limit
             layer, top_k, pool = layer % layers, min(top_k, experts), POOLS[seed % 2]
             rng = np.random.default_rng(seed)
             skewed = rng.permuted(np.tile(np.arange(experts), (tokens, 1)), axis=1)
@@ -118,7 +125,7 @@ def run_calls(models, layers, experts, slots, calls, apart=False, past_cache=Tru
             plain.call(layer, selected.tolist())
             counts = cache.counts()
             assert {tuple(map(int, one)) for one in np.argwhere(cache.resident())} == plain.memory
-            assert counts.resident == len(plain.memory) <= cache.slots
+            assert counts.resident == len(plain.memory) <= cache.limit
             assert (counts.hits, counts.misses) == (plain.hits, len(plain.missed))
             assert counts.asked_bytes == counts.misses * model.expert_bytes
             pages = sum(
@@ -138,6 +145,7 @@ CALLS = st.lists(
         st.sampled_from([1, 1, 2, 7, 40, 700, 2500]),
         st.integers(1, 4),
         st.integers(0, 999),
+        st.none() | st.integers(0, 30),
     ),
     min_size=1,
     max_size=8,
@@ -155,7 +163,32 @@ def test_bits_counts_and_policy(models, layers, experts, slots, calls, apart, pa
 )
 def test_more_experts_than_are_asked_for_at_once(models, slots):
     calls = [(0, 40, 4, 0), (1, 40, 4, 1), (0, 40, 4, 2), (0, 1, 4, 9), (1, 1, 4, 9)]
-    run_calls(models, 2, AHEAD + 20, slots, calls)
+    run_calls(models, 2, AHEAD + 20, slots, [(*one, None) for one in calls])
+
+
+def own_memory():
+    """Bytes of this process's memory that are no file's, as its tables of pages say."""
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Anonymous:"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="the system does not say")
+def test_experts_above_the_limit_give_up_their_memory(models):
+    """It goes back to the system, and is taken again when the limit allows it."""
+    model = models(1, AHEAD + 20, False)
+    cache, (experts,) = model.cache(model.experts)
+    everything = np.arange(model.experts, dtype=np.int32)[None]
+    want = call(POOLS[0], model.weights(0), everything, 1)
+    for _ in range(2):
+        cache.set_limit(model.experts)
+        assert_same_bits(call(POOLS[0], experts, everything, 1), want, "y")
+        assert cache.counts().resident == model.experts
+        before = own_memory()
+        cache.set_limit(3)
+        assert cache.counts().resident == 3
+        assert before - own_memory() > (model.experts - 4) * 3 * PAGE  # each read touches a page at least
+    assert_same_bits(call(POOLS[0], experts, everything, 1), want, "with few")
+    os.close(model.file)
 
 
 def test_the_expert_in_use_stays(models):

@@ -6,10 +6,11 @@ from fractions import Fraction
 
 
 class PlainPolicy:
-    """slots experts of layers * experts in memory; call(layer, selected) is one call of pe_experts."""
+    """slots experts of layers * experts in memory, or fewer; call(layer, selected) is one pe_experts."""
 
     def __init__(self, layers, experts, slots, ahead, heat, half_life):
-        self.experts, self.slots = experts, min(slots, layers * experts)
+        self.experts = experts
+        self.slots = self.limit = min(slots, layers * experts)
         self.ahead, self.of_a_use, self.half_life = ahead, heat, half_life
         self.heat, self.last_call = Counter(), {}
         self.time, self.tokens = [0] * layers, [0] * layers
@@ -38,7 +39,7 @@ class PlainPolicy:
         def ask():
             nonlocal asked
             while asked < min(len(missing), computed + self.ahead):
-                if len(self.memory) == self.slots:
+                if len(self.memory) == self.limit:
                     out = [one for one in self.memory if one not in kept]
                     if not out:
                         return
@@ -55,6 +56,11 @@ class PlainPolicy:
             kept.remove(missing[computed])
             computed += 1
             ask()
+
+    def set_limit(self, slots):
+        self.limit = max(1, min(slots, self.slots))
+        while len(self.memory) > self.limit:
+            self.memory.remove(min(self.memory, key=self.order))
 
     def order(self, one):
         """The least gives up its slot."""

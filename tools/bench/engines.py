@@ -11,6 +11,7 @@ on from it.  llama.cpp computes the tokens; this engine computes 512 and repeats
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 
 import numpy as np
@@ -27,7 +28,8 @@ class Pyengine:
         from pyengine.decoder.residency import plan_memory, read_in
 
         self.checkpoint = open_checkpoint(path)
-        self.plan = plan_memory(self.checkpoint, context=context, chunk=BATCH)
+        self.plan_now = functools.partial(plan_memory, self.checkpoint, context=context, chunk=BATCH)
+        self.plan = self.plan_now()
         read_in(self.checkpoint, experts=self.plan is None)  # and what fits is in the page cache, for all
         self.checkpoint.check_finite(experts=self.plan is None)
         self.vocab_size = self.checkpoint.config.vocab_size
@@ -45,7 +47,9 @@ class Pyengine:
         if threads not in self.models:
             if self.plan is not None:
                 self.models.clear()  # each has experts in memory of its own
-            self.models[threads] = LockedModel(self.checkpoint, threads, chunk=BATCH, plan=self.plan)
+            self.models[threads] = LockedModel(
+                self.checkpoint, threads, chunk=BATCH, plan=self.plan, plan_now=self.plan_now
+            )
         self.model = self.models[threads]
         self.state = self.model.new_state()
 
