@@ -136,15 +136,17 @@ PE_INLINE int64_t bytes_of(int type, int64_t n)
     }
 }
 
-/* Into the nearest cache, or the second one. */
+/* Into the nearest cache, or the second one.  One address after the other: the step is in a register,
+ * else processors that add constants when they rename registers ask for all lines at once, and the
+ * loads of the rows in use wait behind them. */
 PE_INLINE void prefetch1(const uint8_t *p, int64_t bytes)
 {
-    for (int64_t i = 0; i < bytes; i += 64)
+    int64_t step = 64;
+    __asm__("" : "+r"(step));
+    for (int64_t i = 0; i < bytes; i += step)
         _mm_prefetch((const char *)p + i, _MM_HINT_T0);
 }
 
-/* One address after the other: the step is in a register, else processors that add constants when
- * they rename registers ask for all lines at once, and the loads of the rows in use wait behind them. */
 PE_INLINE void prefetch2(const uint8_t *p, int64_t bytes)
 {
     int64_t step = 64;
