@@ -9,6 +9,10 @@ policy keeps them (csrc/pyengine.h states it).  The bits of a result do not depe
     model = LockedModel(checkpoint, plan=plan)
     model.experts_in_memory.counts()            # hits, misses, bytes read
 
+A bound that the caller gave stays.  One that was taken from what is available follows the machine: slots
+give their memory back when other programs need what was left to them, and there are more when there is more
+(`ExpertCaches.follow`).  Mapped weights become a plan when the system takes them away (memory_watch.py).
+
 Why reads past the page cache into slots: on a disk that gives 3.8 GB/s in this way (experts of 1.1 MB,
 8 threads, 0.05 cores), reads through the page cache give 0.9 GB/s and take 0.4 cores, MADV_WILLNEED and
 MADV_POPULATE_READ on exact ranges of a mapping 0.8 to 0.95, io_uring past the page cache 3.1; a mapping
