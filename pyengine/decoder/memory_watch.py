@@ -7,6 +7,7 @@ experts alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from .residency import MemoryPlan
@@ -18,7 +19,7 @@ except ImportError:  # not on this system
 
 FAULTS = 8  # reads from the disk per token; a token may need the page of its row of the embedding
 PASSES = 4  # one after the other
-PATIENCE = 64  # passes after which a plan is asked for again, where all weights had room
+PATIENCE = 2.0  # seconds until a plan is made again, where all weights had room; it takes 0.02
 
 
 class MemoryWatch:
@@ -31,6 +32,7 @@ class MemoryWatch:
         self.plan_now = plan_now
         self._faults, self._tokens = disk_faults(), 0
         self._passes = 0  # with many reads, one after the other
+        self._plan_at = 0.0  # of the clock, at the earliest
 
     def plan(self, tokens: int) -> MemoryPlan | None:
         """Before a pass of so many tokens: the plan that the weights need by now.
@@ -41,11 +43,12 @@ class MemoryWatch:
         faults = disk_faults()
         many = faults - self._faults > FAULTS * self._tokens > 0
         self._faults, self._tokens = faults, tokens
-        self._passes = self._passes + 1 if many else min(self._passes, 0)
-        if self._passes < PASSES:
+        self._passes = self._passes + 1 if many else 0
+        if self._passes < PASSES or time.monotonic() < self._plan_at:
             return None
-        self._passes = -PATIENCE
-        return self.plan_now()
+        plan = self.plan_now()
+        self._plan_at = time.monotonic() + PATIENCE
+        return plan
 
 
 def disk_faults() -> int:

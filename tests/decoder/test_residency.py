@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -414,9 +415,13 @@ class TestMappedWeightsThatTheSystemTakesAway:
             model.forward([1])
         assert not asked
         self.faults += 1
-        for _ in range(memory_watch.PASSES + memory_watch.PATIENCE):
+        for _ in range(3 * memory_watch.PASSES):
             model.forward([1])
         assert len(asked) == 1 and model.experts_in_memory is None
+        monkeypatch.setattr(memory_watch.time, "monotonic", lambda now=time.monotonic(): now + 3.0)
+        model.forward([1])
+        model.forward([1])
+        assert len(asked) == 2
 
     def test_a_bound_that_was_given_stays(self, paths, monkeypatch):
         model = self.load(monkeypatch, paths["slice"], memory=1 << 40)
