@@ -418,7 +418,8 @@ class TestMappedWeightsThatTheSystemTakesAway:
         for _ in range(3 * memory_watch.PASSES):
             model.forward([1])
         assert len(asked) == 1 and model.experts_in_memory is None
-        monkeypatch.setattr(memory_watch.time, "monotonic", lambda now=time.monotonic(): now + 3.0)
+        later = time.monotonic() + memory_watch.PATIENCE
+        monkeypatch.setattr(memory_watch.time, "monotonic", lambda: later)
         model.forward([1])
         model.forward([1])
         assert len(asked) == 2
