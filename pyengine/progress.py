@@ -8,15 +8,15 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int, what: str, unit: str = "B") -> tqdm[Any]:
-    """A tqdm bar over total units; silent when stderr is not a terminal."""
+def progress(total: int, what: str, unit: str = "B", shown: bool = True) -> tqdm[Any]:
+    """A tqdm bar over total units; silent when stderr is not a terminal, or when it is not to be shown."""
     return tqdm(
         total=total,
         desc=what,
         unit=unit,
         unit_scale=True,
         file=sys.stderr,
-        disable=not sys.stderr.isatty(),
+        disable=not (shown and sys.stderr.isatty()),
         leave=False,
     )
 

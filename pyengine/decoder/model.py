@@ -298,7 +298,8 @@ class LockedModel:
             self._place_weights(plan, False)
         except (PyengineError, OSError, MemoryError):
             self._watch = None
-        self.head_screen = None  # every byte that is left is an expert's
+        else:
+            self.head_screen = None  # every byte that is left is an expert's
 
     def _pass(self, parts, ids, states, logits, last_only, record) -> None:
         """One piece of work: parts [(sequence, first token, end)]; advances these sequences' states."""

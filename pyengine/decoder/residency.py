@@ -360,12 +360,10 @@ def read_in(checkpoint: Checkpoint, experts: bool, shown: bool = True) -> None:
             checkpoint.file.maps[i].expect_single_pages(*ranges[0])
     if not missing:
         return  # without a bar, whose locks take longer to import than a small model to load
-    total = sum(stop - start for _, start, stop in missing)
-    with progress(total, "reading") if shown else contextlib.nullcontext() as bar:
+    with progress(sum(stop - start for _, start, stop in missing), "reading", shown=shown) as bar:
         for mapped, start, stop in missing:
             mapped.read_in(start, stop)
-            if bar is not None:
-                bar.update(stop - start)
+            bar.update(stop - start)
 
 
 def _add_range(array, maps, wanted) -> None:
